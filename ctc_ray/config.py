@@ -1,0 +1,442 @@
+"""RunConfig: one frozen section per stage, read from YAML and `--set`, with the fingerprint that makes an identity.
+
+Importing this module loads neither Ray nor Torch. Fields marked operational (actor counts, batch sizes, machine size) do not
+change results and stay outside the identity of an output.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ctc_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[^/\\\s._][^/\\]*$")]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def operational(default: Any, **constraints: Any) -> Any:
+    """Declare a field that has no influence on results."""
+    return Field(default, json_schema_extra={"operational": True}, **constraints)
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that determine results, as JSON-like values."""
+        values = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("operational"):
+                values.pop(name)
+        return values
+
+
+class PhantomConfig(Section):
+    """Synthetic cartridges."""
+
+    patients: Count = 8
+    """Number of patients; ignored where `patient_ids` are given."""
+    patient_ids: tuple[str, ...] = ()
+    """Names of the patients; empty: P01, P02, ..."""
+    fields: Count = 6
+    """Fields a cartridge."""
+    seed: int = 7
+    """Same seed, same bytes."""
+    profile: str = "demo"
+    """`paper` (175 fields of 84 objects, CTCs as rare as in the paper) or `demo` (richer in CTCs)."""
+    bit_depth: Literal[8, 16] = 8
+    """8: as the archives of the paper; 16: 12-bit counts in uint16."""
+    overlap_px: Annotated[int, Field(ge=0, le=200)] = 10
+    """Overlap of adjacent fields."""
+    masks: bool = False
+    """Whether to write instance masks too."""
+
+
+def _cellsearch_channels() -> dict[str, int | None]:
+    """Pages of a CellSearch TIFF; page 1 is the extra marker."""
+    return {"DAPI": 0, "CK": 2, "CD45": 3}
+
+
+class SegmentConfig(Section):
+    """StarDist segmentation of cartridge fields into crops."""
+
+    weights: str | None = None
+    """Folder or registered name of StarDist weights; null: the shipped default."""
+    precision: Precision = "auto"
+    """`auto` is resolved once per cohort and recorded there."""
+    layout: Literal["auto", "cellsearch", "folder"] = "auto"
+    """`cellsearch`: four-page TIFFs with an event xml; `folder`: ordinary TIFF or PNG fields."""
+    channel_map: dict[str, int | None] = Field(default_factory=_cellsearch_channels)
+    """Channel -> page or colour index of an image; null gives zeros."""
+    prob_threshold: Fraction | None = None
+    """Null: the threshold stored with the weights."""
+    nms_threshold: Fraction | None = None
+    """Null: the threshold stored with the weights."""
+    normalize_percentiles: tuple[float, float] = (1.0, 99.8)
+    """Percentiles of the CK page that become 0 and 1. Source: StarDist's published examples."""
+    pixel_size_um: Annotated[float, Field(gt=0)] = 0.64
+    """Edge of a pixel in the sample plane."""
+    duplicate_radius_px: Annotated[float, Field(ge=0)] = 10.0
+    """Detections of different fields nearer than this are one physical cell."""
+    max_candidates: Count = 200_000
+    """Cap on candidates before non-maximum suppression (which never returns on saturated fields)."""
+    max_failure_fraction: Fraction = 0.1
+    """Share of a run's fields that may fail before the stage does."""
+    num_network_actors: Count = operational(1)
+    """StarDist actors."""
+    num_network_threads: Count = operational(1)
+    """Threads of one StarDist actor."""
+    num_instance_actors: Count = operational(1)
+    """Actors for non-maximum suppression and crops."""
+
+
+class TrainSegmenterConfig(Section):
+    """Training of a StarDist network."""
+
+    steps: Count = 10_000
+    """Optimiser steps."""
+    batch_size: Count = 4
+    """Patches a step."""
+    patch_size_px: Annotated[int, Field(ge=64, multiple_of=16)] = 256
+    """Side of a training patch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Adam's first learning rate. Source: StarDist defaults."""
+    seed: int = 0
+    """Seed of patches and augmentation."""
+    checkpoint_every: Count = operational(500)
+    """Steps between checkpoints."""
+
+
+class SplitConfig(Section):
+    """Roles of patients."""
+
+    seed: int = 42
+    """Seed of the assignment."""
+    pretrain: Annotated[float, Field(ge=0)] = 60
+    """Weight of the role. Source: paper, 60/10/10/10 of 90 patients."""
+    train: Annotated[float, Field(ge=0)] = 10
+    """Weight of the role."""
+    validation: Annotated[float, Field(ge=0)] = 5
+    """Weight of the role; the paper has none."""
+    test: Annotated[float, Field(ge=0)] = 10
+    """Weight of the role."""
+    final: Annotated[float, Field(ge=0)] = 10
+    """Weight of the role."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> SplitConfig:
+        if self.pretrain + self.train + self.validation + self.test + self.final <= 0:
+            raise ValueError("at least one role needs a weight above zero")
+        return self
+
+
+class PretrainConfig(Section):
+    """DINO pretraining of the encoder."""
+
+    encoder_id: Name = "dino"
+    """Folder below `encoders/`."""
+    preset: Literal["marker", "paper"] = "marker"
+    """Views: `marker` keeps the identity of the channels, `paper` repeats the reference's colour augmentations."""
+    init: Literal["default", "random"] = "default"
+    """Start from the shipped encoder or from random weights."""
+    architecture: str = "xcit_nano_12_p8_224"
+    """timm name of the backbone."""
+    image_size_px: Count = 48
+    """Side of a global view."""
+    local_size_px: Count = 24
+    """Side of a local view."""
+    steps: Count = 1000
+    """Optimiser steps; schedules are scaled to it."""
+    batch_size: Count = 64
+    """Crops a step over all workers."""
+    prototypes: Count = 4096
+    """Width of the head's last layer; the reference has 65,536."""
+    head_hidden: Count = 1024
+    """Width of the head's hidden layers; the reference has 2,048."""
+    seed: int = 42
+    """Seed of weights, order and augmentation."""
+    num_workers: Count = 2
+    """Training processes; part of the identity, since gradients are averaged over them."""
+    checkpoint_every: Count = operational(200)
+    """Steps between checkpoints."""
+    use_gpu: bool = operational(default=False)
+    """Whether each worker gets a GPU."""
+
+
+class EmbedConfig(Section):
+    """Embedding of crops."""
+
+    encoder: Name = "dino"
+    """Id below `encoders/`, or `default` for the shipped encoder."""
+    precision: Precision = "auto"
+    """`auto` is resolved once per cohort and recorded there."""
+    batch_size: Count = operational(256)
+    """Crops a forward pass."""
+    num_actors: Count = operational(2)
+    """Embedding actors."""
+    unit_cells: Count = operational(2000)
+    """Cells a unit of work."""
+    use_gpu: bool = operational(default=False)
+    """Whether each actor gets a GPU."""
+
+
+class MapConfig(Section):
+    """Latent map: PCA, UMAP, HDBSCAN."""
+
+    name: Name = "map"
+    """Folder below `latent/<encoder>/`."""
+    encoder: Name = "dino"
+    """Which embeddings."""
+    pca_dim: Count = 32
+    """Principal components. Source: paper, Methods."""
+    umap_neighbors: Annotated[int, Field(ge=2)] = 200
+    """Source: reference implementation."""
+    umap_min_dist: Fraction = 0.8
+    """Source: reference implementation."""
+    umap_seed: int = 42
+    """Seed of UMAP; makes it single-threaded."""
+    hdbscan_min_cluster_size: Annotated[int, Field(ge=2)] = 15
+    """Source: reference implementation."""
+    hdbscan_min_samples: Count = 90
+    """Source: reference implementation."""
+    hdbscan_selection: Literal["leaf", "eom"] = "leaf"
+    """Source: reference implementation."""
+    hdbscan_epsilon: Annotated[float, Field(ge=0)] = 0.25
+    """Source: reference implementation."""
+    max_fit_cells: Count = 60_000
+    """Cells at most that UMAP and HDBSCAN are fitted on (seeded sample); the rest are placed."""
+    cluster_with: Literal["test_and_pool", "pool"] = "test_and_pool"
+    """Cells that HDBSCAN sees: the reference clusters labelled test and unlabelled training cells together; `pool` leaves
+    the test patients out."""
+
+
+class LabelsConfig(Section):
+    """Simulated expert and consensus."""
+
+    reader: str = "simulated"
+    """Name of the reader in the events."""
+    per_patient: Count = 400
+    """Cells at most that the simulated expert labels of one patient."""
+    roles: tuple[str, ...] = ("train", "validation", "test")
+    """Roles whose patients are labelled."""
+    balanced: bool = True
+    """Whether CTCs and others are drawn in about equal numbers, as in the paper's labelled set."""
+    match_radius_px: Annotated[float, Field(gt=0)] = 12.0
+    """How far a truth row may lie from the centroid of its cell."""
+    seconds_per_cell: Annotated[float, Field(gt=0)] = 3.0
+    """Source: paper, 100 cells in about five minutes."""
+    error_rate: Fraction = 0.0
+    """Share of answers that are flipped."""
+    seed: int = 42
+    """Seed of the draw."""
+
+
+class TrainConfig(Section):
+    """Classifier on PCA features."""
+
+    name: Name = "svm"
+    """Folder below `classifiers/`."""
+    encoder: Name = "dino"
+    """Which embeddings."""
+    map: Name = "map"
+    """Which latent map (its PCA and its clusters)."""
+    svm_c: Annotated[float, Field(gt=0)] = 1.0
+    """Source: reference implementation."""
+    calibration_folds: Annotated[int, Field(ge=2)] = 5
+    """Folds of the probability calibration."""
+    seed: int = 42
+    """Seed of the folds."""
+
+
+class IndexConfig(Section):
+    """FAISS index."""
+
+    encoder: Name = "dino"
+    """Which embeddings."""
+    metric: Literal["cosine", "l2"] = "cosine"
+    """Cosine: vectors are normalised and compared by inner product."""
+    num_threads: Count = operational(2)
+    """Threads of a search."""
+
+
+class HilConfig(Section):
+    """Human-in-the-loop simulations."""
+
+    name: Name = "paper"
+    """Folder below `simulations/`."""
+    encoder: Name = "dino"
+    """Which embeddings."""
+    map: Name = "map"
+    """Which latent map."""
+    scenarios: tuple[str, ...] = ("limited-global",)
+    """Scenarios to run."""
+    strategies: tuple[str, ...] = ("random", "cluster-f1", "margin")
+    """Strategies to compare."""
+    seeds: str | int = "paper"
+    """`paper` (164, 29, 7, 190, 71), or a number of seeds."""
+    mode: Literal["faithful", "corrected"] = "corrected"
+    """`faithful` repeats the faults of the reference."""
+    initial: Count = 100
+    """Labels before the first loop. Source: paper."""
+    per_loop: Count = 100
+    """Labels a loop. Source: paper."""
+    loops: Count = 4
+    """Source: paper."""
+    mc_splits: Count = 100
+    """Monte-Carlo splits that score the clusters. Source: reference implementation."""
+    max_concurrent: Count = operational(2)
+    """Trials at a time."""
+
+
+class DetectConfig(Section):
+    """Candidates of new patients."""
+
+    name: Name = "final"
+    """Folder below `detections/`."""
+    classifier: Name = "svm"
+    """Which classifier."""
+    threshold: Fraction = 0.5
+    """Calibrated probability above which a cell is a candidate. Source: paper."""
+    roles: tuple[str, ...] = ("final",)
+    """Roles whose patients are searched where none are named."""
+
+
+class CompareConfig(Section):
+    """Comparison with CellSearch's events."""
+
+    name: Name = "final"
+    """Which detection run."""
+    tolerance_px: Annotated[float, Field(gt=0)] = 30.0
+    """Centres nearer than this in each axis can be one object. Source: ACCEPT's rule."""
+    min_overlap: Fraction = 0.75
+    """Share of either box that the intersection must cover. Source: ACCEPT's rule."""
+
+
+class ReportConfig(Section):
+    """The HTML report."""
+
+    name: Name = "report"
+    """Folder below `reports/`."""
+    gallery_cells: Count = 48
+    """Candidates shown."""
+    max_map_points: Count = 20_000
+    """Points drawn of the latent map (seeded sample)."""
+    title: str = "Circulating tumor cells"
+    """Title of the page."""
+
+
+class RayConfig(Section):
+    """How to reach Ray; never part of an identity."""
+
+    num_cpus: Count | None = None
+    """Logical CPUs of a local cluster; null: the machine's, and at least four (stages hold a reader beside their pools)."""
+    object_store_mb: Count = 512
+    """Object store of a local cluster."""
+
+
+class RunConfig(Section):
+    """All settings of a run."""
+
+    phantom: PhantomConfig = PhantomConfig()
+    segment: SegmentConfig = SegmentConfig()
+    train_segmenter: TrainSegmenterConfig = TrainSegmenterConfig()
+    split: SplitConfig = SplitConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    embed: EmbedConfig = EmbedConfig()
+    map: MapConfig = MapConfig()
+    labels: LabelsConfig = LabelsConfig()
+    train: TrainConfig = TrainConfig()
+    index: IndexConfig = IndexConfig()
+    hil: HilConfig = HilConfig()
+    detect: DetectConfig = DetectConfig()
+    compare: CompareConfig = CompareConfig()
+    report: ReportConfig = ReportConfig()
+    ray: RayConfig = RayConfig()
+
+
+def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration.
+
+    Args:
+        file: YAML with any of the sections; None for the defaults.
+        overrides: `section.field=value`, the value in YAML; they win over the file.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (the message names the nearest valid one), or a value is wrong.
+    """
+    values: dict[str, Any] = {}
+    where = "the defaults"
+    if file is not None:
+        where = str(file)
+        values = _read_yaml(Path(file))
+    for override in overrides:
+        _apply_override(values, override)
+    _refuse_unknown(values, where)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{where}: {key} = {first.get('input')!r} is wrong: {first['msg']}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold sections (for example `segment:`), not a {type(loaded).__name__}")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not separator or not dot or not name:
+        raise ConfigError(
+            f"--set {override!r}: write it as section.field=value, for example --set segment.precision=fp32"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from error
+    group = values.setdefault(section, {})
+    if not isinstance(group, dict):
+        raise ConfigError(f"--set {override!r}: {section} is not a section")
+    group[name] = value
+
+
+def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
+    sections = RunConfig.model_fields
+    for section, group in values.items():
+        if section not in sections:
+            raise ConfigError(f"{where}: unknown section {section!r}{_nearest(section, sections)}")
+        kind = sections[section].annotation
+        if not isinstance(group, Mapping):
+            raise ConfigError(f"{where}: section {section!r} must hold settings, not {group!r}")
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else get_args(kind)
+        for name in group:
+            if name not in fields:
+                raise ConfigError(f"{where}: unknown key {section}.{name}{_nearest(str(name), fields)}")
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else f"; valid are {', '.join(names)}"
