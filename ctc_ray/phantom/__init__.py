@@ -1,0 +1,7 @@
+"""Seeded synthetic cartridges: cells, optics, fields in the CellSearch layout, and the truth about them."""
+
+from ctc_ray.phantom.crops import draw_crops
+from ctc_ray.phantom.fields import PhantomField, draw_field
+from ctc_ray.phantom.kinds import PROFILES, CellKind, Profile
+
+__all__ = ["PROFILES", "CellKind", "PhantomField", "Profile", "draw_crops", "draw_field"]
