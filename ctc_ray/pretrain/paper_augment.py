@@ -1,0 +1,241 @@
+"""Views by the reference's colour augmentations, batched: the `paper` preset.
+
+It treats the three markers as the colours of one image, inverts and equalises them, and so destroys which marker is
+bright; it is here to compare against. Values and order are those in effect in the reference (`create_dino_gym` and
+`data_augmentation`); operations follow torchvision's definitions on images of 0..1.
+
+Departure: only 3-channel crops have hue and saturation, so other channel counts skip those two.
+
+Shape letters: N crops, M = views x N, C channels, H rows, W columns, S side of a view.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the name torch's own documentation uses)
+
+from ctc_ray.pretrain.augment import ViewGeometry, Views, blur, uniform, warp
+
+PERSPECTIVE: Final = 0.2  # reference: RandomPerspective distortion_scale
+PERSPECTIVE_PROBABILITY: Final = 0.5  # reference: RandomPerspective p
+INVERT_PROBABILITY: Final = 0.3  # reference: RandomInvert p
+SHARPNESS: Final = 2.0  # reference: RandomAdjustSharpness factor
+SHARPNESS_PROBABILITY: Final = 0.5  # reference: RandomAdjustSharpness p
+AUTOCONTRAST_PROBABILITY: Final = 0.5  # reference: RandomAutocontrast p
+EQUALISE_PROBABILITY: Final = 0.2  # reference: RandomEqualize p
+FLIP_PROBABILITY: Final = 0.5  # reference: horizontal and vertical flip p
+ASPECT: Final = (3 / 4, 4 / 3)  # reference: RandomResizedCrop default
+JITTER_PROBABILITY: Final = 0.8  # reference: ColorJitter p
+BRIGHTNESS: Final = 0.1  # reference: ColorJitter
+CONTRAST: Final = 0.4  # reference: ColorJitter
+SATURATION: Final = 0.1  # reference: ColorJitter
+HUE: Final = 0.1  # reference: ColorJitter
+BLUR_SIGMA_PX: Final = (0.1, 5.0)  # reference: GaussianBlur sigma
+BLUR_KERNEL_PX: Final = 11  # reference: GaussianBlur kernel size
+BLUR_PROBABILITY: Final = (1.0, 0.1, 0.5)  # reference: first global, second global, local
+SOLARISE_PROBABILITY: Final = 0.2  # reference: second global view only
+SOLARISE_THRESHOLD: Final = 0.5  # reference: 128 of 255
+_LUMA: Final = (0.2989, 0.587, 0.114)  # torchvision rgb_to_grayscale
+_REFERENCE_GLOBAL_PX: Final = 256
+
+
+class PaperAugment:
+    """Two global and several local views by the `paper` preset.
+
+    Args:
+        geometry: view sizes; the blur's sigma and kernel scale with the view, as a view of 48 px blurred by 5 px of a
+            256 px view would be flat.
+    """
+
+    def __init__(self, geometry: ViewGeometry) -> None:
+        self.geometry = geometry
+
+    def __call__(self, fraction_NCHW: torch.Tensor, generator: torch.Generator) -> Views:
+        """Make views of crops (N, C, H, W) in 0..1; same generator state, same views."""
+        geometry = self.geometry
+        fraction_NCHW = fraction_NCHW.clamp(0.0, 1.0)
+        views = []
+        for index in range(2 + geometry.num_local):
+            is_local = index >= 2
+            size_px = geometry.local_px if is_local else geometry.global_px
+            scale = geometry.local_scale if is_local else geometry.global_scale
+            image = pose(fraction_NCHW, generator)
+            image = tone(image, generator)
+            image = resized_crop(image, size_px=size_px, scale=scale, generator=generator)
+            image = jitter(image, generator)
+            image = self._blurred(image, BLUR_PROBABILITY[min(index, 2)], generator)
+            if index == 1:
+                chosen = _chosen(len(image), SOLARISE_PROBABILITY, generator)
+                image = torch.where(chosen & (image >= SOLARISE_THRESHOLD), 1.0 - image, image)
+            views.append(image.clamp(0.0, 1.0) * 2.0 - 1.0)
+        empty = views[0].new_empty(0, len(fraction_NCHW), fraction_NCHW.shape[1], geometry.local_px, geometry.local_px)
+        return Views(torch.stack(views[:2]), torch.stack(views[2:]) if geometry.num_local else empty)
+
+    def _blurred(self, image: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+        ratio = self.geometry.global_px / _REFERENCE_GLOBAL_PX
+        sigma = uniform((len(image),), BLUR_SIGMA_PX[0] * ratio, BLUR_SIGMA_PX[1] * ratio, generator)
+        reach = BLUR_KERNEL_PX // 2 * ratio
+        blurred = blur(image, sigma, reach_px=max(1, round(reach)))
+        return torch.where(_chosen(len(image), probability, generator), blurred, image)
+
+
+def _chosen(num: int, probability: float, generator: torch.Generator) -> torch.Tensor:
+    return (uniform((num,), 0.0, 1.0, generator) < probability).view(-1, 1, 1, 1)
+
+
+def pose(image_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Perspective, then rotation by up to 180 degrees, in one resampling; outside is black as in torchvision.
+
+    Each corner moves inwards by up to `PERSPECTIVE / 2` of the side, as RandomPerspective does.
+    """
+    num = len(image_NCHW)
+    corner = image_NCHW.new_tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    moved = corner * (1.0 - uniform((num, 4, 2), 0.0, PERSPECTIVE, generator))
+    perspective = homography(moved, corner.expand(num, 4, 2))
+    tilted = uniform((num,), 0.0, 1.0, generator) < PERSPECTIVE_PROBABILITY
+    identity = torch.eye(3, device=image_NCHW.device).expand(num, 3, 3)
+    perspective = torch.where(tilted.view(-1, 1, 1), perspective, identity)
+    angle = uniform((num,), -math.pi, math.pi, generator)
+    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    rotation = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).view(num, 3, 3)
+    return warp(image_NCHW, perspective @ rotation, image_NCHW.shape[-1], padding="zeros")
+
+
+def homography(source_N42: torch.Tensor, target_N42: torch.Tensor) -> torch.Tensor:
+    """The homographies that take four points to four others.
+
+    Args:
+        source_N42: (N, 4, 2) points (x, y).
+        target_N42: (N, 4, 2) where each goes.
+
+    Returns:
+        (N, 3, 3) with a last element of 1.
+    """
+    x, y = source_N42.unbind(-1)
+    u, v = target_N42.unbind(-1)
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    rows_u = torch.stack([x, y, one, zero, zero, zero, -u * x, -u * y], dim=-1)
+    rows_v = torch.stack([zero, zero, zero, x, y, one, -v * x, -v * y], dim=-1)
+    solved = torch.linalg.solve(torch.cat([rows_u, rows_v], dim=1), torch.cat([u, v], dim=1))
+    return torch.cat([solved, torch.ones_like(solved[:, :1])], dim=1).view(-1, 3, 3)
+
+
+def tone(image_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Invert, sharpen, stretch and equalise, each on its share of the images."""
+    num = len(image_NCHW)
+    image = torch.where(_chosen(num, INVERT_PROBABILITY, generator), 1.0 - image_NCHW, image_NCHW)
+    image = torch.where(_chosen(num, SHARPNESS_PROBABILITY, generator), sharpen(image, SHARPNESS), image)
+    image = torch.where(_chosen(num, AUTOCONTRAST_PROBABILITY, generator), autocontrast(image), image)
+    chosen = _chosen(num, EQUALISE_PROBABILITY, generator).view(-1)
+    equalised = image.clone()
+    equalised[chosen] = equalise(image[chosen])
+    return equalised
+
+
+def sharpen(image_NCHW: torch.Tensor, factor: float) -> torch.Tensor:
+    """Blend with a 3x3 smoothed copy, as torchvision's adjust_sharpness; borders stay as they are."""
+    channels = image_NCHW.shape[1]
+    kernel = image_NCHW.new_ones(3, 3)
+    kernel[1, 1] = 5.0
+    kernel = (kernel / kernel.sum()).expand(channels, 1, 3, 3)
+    smooth = image_NCHW.clone()
+    smooth[..., 1:-1, 1:-1] = F.conv2d(image_NCHW, kernel, groups=channels)
+    return (factor * image_NCHW + (1.0 - factor) * smooth).clamp(0.0, 1.0)
+
+
+def autocontrast(image_NCHW: torch.Tensor) -> torch.Tensor:
+    """Stretch each channel of each image to 0..1; a flat channel stays as it is."""
+    low = image_NCHW.amin(dim=(2, 3), keepdim=True)
+    span = image_NCHW.amax(dim=(2, 3), keepdim=True) - low
+    return torch.where(span > 0, (image_NCHW - low) / span.clamp_min(1e-12), image_NCHW)
+
+
+def equalise(image_NCHW: torch.Tensor) -> torch.Tensor:
+    """Equalise the 256-level histogram of each channel of each image, as torchvision's equalize."""
+    num, channels, height, width = image_NCHW.shape
+    level = (image_NCHW * 255.0).round().long().view(num * channels, height * width)
+    histogram = torch.zeros(num * channels, 256, device=image_NCHW.device, dtype=torch.int64)
+    histogram.scatter_add_(1, level, torch.ones_like(level))
+    levels = torch.arange(256, device=image_NCHW.device)
+    last = torch.where(histogram > 0, levels, -1).amax(dim=1, keepdim=True)
+    step = (histogram.sum(dim=1, keepdim=True) - histogram.gather(1, last.clamp_min(0))) // 255
+    table = (histogram.cumsum(dim=1) + step // 2) // step.clamp_min(1)
+    table = F.pad(table, (1, 0))[:, :-1].clamp(0, 255)
+    mapped = table.gather(1, level)
+    return torch.where(step > 0, mapped, level).view_as(image_NCHW).to(image_NCHW.dtype) / 255.0
+
+
+def resized_crop(
+    image_NCHW: torch.Tensor, *, size_px: int, scale: tuple[float, float], generator: torch.Generator
+) -> torch.Tensor:
+    """Random crop of an area and aspect, with both flips, resampled to the view."""
+    num = len(image_NCHW)
+    area = uniform((num,), scale[0], scale[1], generator)
+    aspect = torch.exp(uniform((num,), math.log(ASPECT[0]), math.log(ASPECT[1]), generator))
+    width = (area * aspect).sqrt().clamp_max(1.0)
+    height = (area / aspect).sqrt().clamp_max(1.0)
+    centre_x = uniform((num,), -1.0, 1.0, generator) * (1.0 - width)
+    centre_y = uniform((num,), -1.0, 1.0, generator) * (1.0 - height)
+    flips = torch.where(uniform((2, num), 0.0, 1.0, generator) < FLIP_PROBABILITY, -1.0, 1.0)
+    zero, one = torch.zeros_like(width), torch.ones_like(width)
+    place = torch.stack([width * flips[0], zero, centre_x, zero, height * flips[1], centre_y, zero, zero, one], dim=-1)
+    return warp(image_NCHW, place.view(num, 3, 3), size_px)
+
+
+def jitter(image_MCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue in an order drawn per image, on most images."""
+    num, channels = image_MCHW.shape[:2]
+    brightness = uniform((num, 1, 1, 1), 1 - BRIGHTNESS, 1 + BRIGHTNESS, generator)
+    contrast = uniform((num, 1, 1, 1), 1 - CONTRAST, 1 + CONTRAST, generator)
+    saturation = uniform((num, 1, 1, 1), 1 - SATURATION, 1 + SATURATION, generator)
+    hue = uniform((num, 1, 1), -HUE, HUE, generator)
+    order = uniform((num, 4), 0.0, 1.0, generator).argsort(dim=1)
+    image = image_MCHW.clone()
+    for position in range(4):
+        operation = order[:, position]
+        at = operation == 0
+        image[at] = (image[at] * brightness[at]).clamp(0.0, 1.0)
+        at = operation == 1
+        image[at] = _blend(image[at], grey(image[at]).mean(dim=(1, 2, 3), keepdim=True), contrast[at])
+        if channels != 3:
+            continue
+        at = operation == 2
+        image[at] = _blend(image[at], grey(image[at]), saturation[at])
+        at = operation == 3
+        image[at] = shift_hue(image[at], hue[at])
+    return torch.where(_chosen(num, JITTER_PROBABILITY, generator), image, image_MCHW)
+
+
+def grey(image_MCHW: torch.Tensor) -> torch.Tensor:
+    """Luma of three channels (torchvision's weights), the plain mean of any other number: (M, 1, H, W)."""
+    if image_MCHW.shape[1] != 3:
+        return image_MCHW.mean(dim=1, keepdim=True)
+    weights = image_MCHW.new_tensor(_LUMA).view(1, 3, 1, 1)
+    return (image_MCHW * weights).sum(dim=1, keepdim=True)
+
+
+def _blend(image: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    return (ratio * image + (1.0 - ratio) * other).clamp(0.0, 1.0)
+
+
+def shift_hue(image_M3HW: torch.Tensor, shift_M11: torch.Tensor) -> torch.Tensor:
+    """Turn the hue by a share of the circle, through HSV and back as torchvision does."""
+    red, green, blue = image_M3HW.unbind(1)
+    value = image_M3HW.amax(dim=1)
+    chroma = value - image_M3HW.amin(dim=1)
+    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    sector = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
+    )
+    hue = torch.where(chroma > 0, sector / 6.0 + shift_M11, torch.zeros_like(sector)).remainder(1.0)
+    # k(n) = (n + 6 h) mod 6 for n = 5, 3, 1; channel = v - c * max(0, min(k, 4 - k, 1))
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        k = (offset + hue * 6.0).remainder(6.0)
+        channels.append(value - chroma * torch.minimum(torch.minimum(k, 4.0 - k), torch.ones_like(k)).clamp_min(0.0))
+    return torch.stack(channels, dim=1)

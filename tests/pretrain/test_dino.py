@@ -1,0 +1,106 @@
+"""DINO head, loss and teacher against slow, obvious references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ctc_ray.pretrain.dino import DinoHead, DinoLoss, DinoNetwork, teacher_of, update_teacher
+
+
+def _slow_loss(student: torch.Tensor, probabilities: torch.Tensor, temperature: float) -> float:
+    """Every pair of different views, every crop, every prototype, one by one."""
+    total, pairs = 0.0, 0
+    for t in range(len(probabilities)):
+        for v in range(len(student)):
+            if v == t:
+                continue
+            pairs += 1
+            per_crop = []
+            for b in range(student.shape[1]):
+                log_p = torch.log_softmax(student[v, b] / temperature, dim=0)
+                per_crop.append(-sum(float(q) * float(lp) for q, lp in zip(probabilities[t, b], log_p, strict=True)))
+            total += sum(per_crop) / len(per_crop)
+    assert pairs == 2 * (len(student) - 1)
+    return total / pairs
+
+
+@given(st.integers(0, 1000), st.integers(2, 5))
+@settings(max_examples=8, deadline=None)
+def test_loss_equals_sum_over_pairs(seed: int, num_views: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(num_views, 3, 7, generator=generator)
+    loss = DinoLoss(7)
+    loss.centre.copy_(torch.randn(7, generator=generator))
+    probabilities = loss.teacher_probabilities(torch.randn(2, 3, 7, generator=generator), 0.07)
+    assert float(loss(student, probabilities)) == pytest.approx(_slow_loss(student, probabilities, 0.1), rel=1e-5)
+
+
+def test_teacher_probabilities_are_centred_and_sharpened() -> None:
+    loss = DinoLoss(3)
+    loss.centre.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    probabilities = loss.teacher_probabilities(torch.tensor([[[1.0, 0.0, 0.1]]]), 0.04)
+    assert torch.allclose(probabilities.sum(-1), torch.ones(1, 1))
+    assert int(probabilities.argmax()) == 2
+
+
+def test_centre_starts_at_first_batch_mean_then_moves_by_momentum() -> None:
+    loss = DinoLoss(2)
+    loss.update_centre(torch.tensor([[[1.0, 3.0], [3.0, 5.0]]]))
+    assert loss.centre.tolist() == [2.0, 4.0]
+    loss.update_centre(torch.zeros(1, 1, 2))
+    assert torch.allclose(loss.centre, torch.tensor([1.8, 3.6]))
+
+
+def test_centre_uses_average_over_workers() -> None:
+    loss = DinoLoss(2)
+    loss.update_centre(torch.ones(1, 1, 2), reduce=lambda value: value + 1)
+    assert loss.centre.tolist() == [2.0, 2.0]
+
+
+def test_head_logits_are_cosines() -> None:
+    head = DinoHead(8, hidden=16, bottleneck=4, prototypes=32)
+    logits = head(torch.randn(5, 8) * 100)
+    assert logits.shape == (5, 32)
+    assert float(logits.detach().abs().max()) <= 1.0 + 1e-5
+    with torch.no_grad():
+        before = head(torch.ones(1, 8))
+        head.prototypes.mul_(7.0)
+        assert torch.allclose(before, head(torch.ones(1, 8)), atol=1e-5)
+
+
+def _network(seed: int = 0) -> DinoNetwork:
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.BatchNorm1d(8))
+    network = DinoNetwork(backbone, DinoHead(8, hidden=8, bottleneck=4, prototypes=16))
+    network([torch.randn(2, 3, 1, 4, 4)])
+    return network
+
+
+def test_network_returns_logits_in_view_order() -> None:
+    network = _network().eval()
+    views = torch.randn(2, 3, 1, 4, 4)
+    (together,), features = network([views])
+    (alone,), _ = network([views[1:]])
+    assert together.shape == (2, 3, 16)
+    assert features.shape == (6, 8)
+    assert torch.allclose(together[1], alone[0], atol=1e-6)
+
+
+def test_teacher_starts_equal_and_follows_by_momentum() -> None:
+    student = _network()
+    teacher = teacher_of(student)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    before = [p.clone() for p in teacher.parameters()]
+    buffers = [b.clone() for b in teacher.buffers()]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    update_teacher(teacher, student, 0.9)
+    for old, new in zip(before, teacher.parameters(), strict=True):
+        assert torch.allclose(new, old + 0.1, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, teacher.buffers(), strict=True))
