@@ -20,20 +20,12 @@ from ctc_ray.phantom.population import draw_objects
 from ctc_ray.phantom.render import paste, paste_outlines, render
 from ctc_ray.phantom.scatter import leukocytes_at, place_companions, scatter_apart, scatter_dense
 from ctc_ray.phantom.seeding import generator
-from ctc_ray.schema import FIELD_HEIGHT_PX, FIELD_WIDTH_PX
+from ctc_ray.schema import FIELD_HEIGHT_PX, FIELD_WIDTH_PX, TRUTH_SCHEMA
 
 DEFAULT_OVERLAP_PX = 10
 PAGE_OF_CHANNEL = (0, 2, 3)
 """TIFF page of DAPI, CK and CD45; page 1 is the extra marker. Source: CellSearch page order (DNA, FITC, CK-PE, CD45-APC)."""
-TRUTH_SCHEMA = {
-    "patient": pl.String,
-    "field": pl.Int16,
-    "row": pl.Float32,
-    "col": pl.Float32,
-    "kind": pl.String,
-    "diameter_um": pl.Float32,
-    "physical_id": pl.String,
-}
+_TRUTH_TYPES = pl.DataFrame(TRUTH_SCHEMA.empty_table()).schema
 _VISIBLE_NUCLEUS = 40.0
 """Counts of DAPI below which no expert would outline a nucleus."""
 
@@ -126,11 +118,13 @@ def draw_tile(
     Args:
         profile: mix of cells.
         factors: the patient's factors.
-        patient, field, seed: name the tile.
+        patient: patient id.
+        field: 1-based frame number.
+        seed: seed of the cohort.
         size: (height, width) of the tile, px.
     """
     rng = generator(seed, "tile", patient, field)
-    count = max(int(round(rng.normal(profile.ck_objects_mean, profile.ck_objects_sd))), 10)
+    count = max(round(rng.normal(profile.ck_objects_mean, profile.ck_objects_sd)), 10)
     weights = profile.weights(float(np.exp(profile.ctc_spread * factors.ctc_prevalence)))
     codes = np.array([kind.code for kind in CK_KINDS], dtype=np.int8)
     kinds = np.sort(rng.choice(codes, size=count, p=weights))
@@ -202,7 +196,7 @@ def _truth(objects: Objects, names: list[str], patient: str, field: int) -> pl.D
             "diameter_um": objects.diameter_um,
             "physical_id": names,
         },
-        schema=TRUTH_SCHEMA,
+        schema=_TRUTH_TYPES,
     )
 
 

@@ -63,7 +63,8 @@ def illumination(patient: PatientFactors, rows: FloatArray, cols: FloatArray) ->
 
     Args:
         patient: whose cartridge.
-        rows, cols: (..., H) and (..., W) coordinates in the field, px.
+        rows: (..., H) coordinates in the field, px.
+        cols: (..., W) coordinates in the field, px.
 
     Returns:
         Terms shaped like rows and cols.
