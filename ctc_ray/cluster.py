@@ -15,6 +15,7 @@ import psutil
 
 from ctc_ray.config import RayConfig
 from ctc_ray.errors import ResourceError
+from ctc_ray.records import library_versions
 from ctc_ray.storage import Store
 
 _MIN_LOGICAL_CPUS = 4
@@ -105,29 +106,46 @@ class Finding:
     remedy: str = ""
 
 
-def examine(cohort_uri: str | None = None) -> list[Finding]:
-    """Look at versions, processors, memory, shared memory and write access; nothing is changed."""
-    from ctc_ray.records import library_versions
+def examine(cohort_uri: str | None = None, address: str | None = None) -> list[Finding]:
+    """Look at versions, processors, memory, shared memory and write access; nothing is changed.
 
+    Args:
+        cohort_uri: cohort whose write access is tried with a small file that is deleted again.
+        address: Ray cluster to look at too; None looks at this machine alone.
+
+    Raises:
+        ResourceError: the cluster cannot be reached.
+    """
     versions = library_versions()
     findings = [Finding(name, value, ok=True) for name, value in versions.items()]
     missing = [name for name in ("ray", "torch", "stardist", "pyarrow") if name not in versions]
     findings += [Finding(name, "missing", ok=False, remedy="pip install ctc-ray") for name in missing]
     memory_gib = psutil.virtual_memory().total / 2**30
+    remedy = "the demo needs 8 GiB; close other programs or use a larger machine"
     findings.append(Finding("processors", str(os.cpu_count()), ok=True))
-    findings.append(
-        Finding(
-            "memory",
-            f"{memory_gib:.1f} GiB",
-            ok=memory_gib >= 6,
-            remedy="the demo needs 8 GiB; close other programs or use a larger machine",
-        )
-    )
+    findings.append(Finding("memory", f"{memory_gib:.1f} GiB", ok=memory_gib >= 6, remedy=remedy))
     findings.append(_shared_memory())
     findings.append(_gpus())
     if cohort_uri is not None:
         findings.append(_write_access(cohort_uri))
+    if address is not None:
+        findings += _cluster_resources(address)
     return findings
+
+
+def _cluster_resources(address: str) -> list[Finding]:
+    import ray
+
+    with connect(address):
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        resources = ray.cluster_resources()
+    cpus = resources.get("CPU", 0.0)
+    remedy = "stages hold a reader beside their pools: add a worker with processors"
+    return [
+        Finding("cluster nodes", str(len(nodes)), ok=bool(nodes)),
+        Finding("cluster CPUs", f"{cpus:g}", ok=cpus >= _MIN_LOGICAL_CPUS, remedy=remedy),
+        Finding("cluster GPUs", f"{resources.get('GPU', 0.0):g}", ok=True),
+    ]
 
 
 def _shared_memory() -> Finding:
