@@ -45,6 +45,11 @@ class Candidates:
     shape: tuple[int, int]
     num_dropped: int = 0
 
+    def above(self, prob_thresh: float) -> Candidates:
+        """Those strictly above a higher threshold."""
+        kept = self.prob > prob_thresh
+        return Candidates(self.prob[kept], self.dist[kept], self.points[kept], self.shape, self.num_dropped)
+
 
 @dataclass(frozen=True)
 class Instances:
@@ -134,7 +139,7 @@ def select_candidates(
     rows, columns, points = rows[kept], columns[kept], points[kept]
     num_dropped = max(0, len(points) - max_candidates)
     if num_dropped:
-        logger.warning("%d candidates, %d over the cap: only the %d most probable are kept", len(points), num_dropped, max_candidates)
+        logger.warning("%d candidates: only the %d most probable are kept", len(points), max_candidates)
         best = np.sort(np.argsort(prob[rows, columns], kind="stable")[::-1][:max_candidates])
         rows, columns, points = rows[best], columns[best], points[best]
     distances = np.maximum(np.float32(MIN_DISTANCE_PX), dist[rows, columns])

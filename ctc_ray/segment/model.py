@@ -29,7 +29,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 def native_bf16(device: torch.device | None = None) -> bool:
     """Whether the device multiplies bfloat16 in hardware (avx512_bf16 or amx_bf16 on a CPU, CUDA otherwise)."""
     if device is not None and device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux: no flags to read, so nothing is assumed
@@ -76,7 +76,7 @@ class StarDist:
         self.precision = resolve_precision(precision, self.device)
         self.weights = weights
         self._dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        network = weights.network.eval().to(device=self.device, memory_format=torch.channels_last)
+        network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)
         if self.precision == "bf16":
             for name, layer in network.convolutions.items():
                 if name not in ("prob", "dist"):  # the heads stay in float32, see StarDistNetwork.forward
@@ -180,7 +180,11 @@ class StarDist:
         pixels = self._checked(np.asarray(image))
         config = self.weights.network.config
         padded = pad_to_multiple(normalize_percentile(pixels), config.multiple)
-        batch = torch.from_numpy(padded).permute(2, 0, 1)[None].to(self.device, self._dtype, memory_format=torch.channels_last)
+        batch = (
+            torch.from_numpy(padded)
+            .permute(2, 0, 1)[None]
+            .to(self.device, self._dtype, memory_format=torch.channels_last)
+        )
         with torch.inference_mode():
             logits, dist = self._network(batch)
             prob = torch.sigmoid(logits)[0, 0].cpu().numpy()

@@ -7,7 +7,6 @@ the model (`conv2d_1` in one file is `conv2d` in the next), here it is `stem_0`,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -82,7 +81,8 @@ class NetworkConfig:
     def to_stardist(self) -> dict[str, Any]:
         """The configuration as a dictionary that `from_stardist` reads back (and the stock package accepts)."""
         fixed = {"n_dim": 2, "axes": "YXC", "n_channel_out": 1 + self.n_rays, "backbone": "unet", "n_classes": None}
-        return json.loads(json.dumps(fixed | asdict(self) | {"unet_batch_norm": False, "unet_dropout": 0.0}))
+        own = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return fixed | own | {"unet_batch_norm": False, "unet_dropout": 0.0}
 
     @property
     def multiple(self) -> tuple[int, int]:
@@ -93,7 +93,9 @@ class NetworkConfig:
     def _check(self) -> None:
         for activation in (self.unet_activation, self.unet_last_activation):
             if activation not in _ACTIVATIONS:
-                raise WeightsError(f"StarDist config names the activation {activation!r}; known: {', '.join(_ACTIVATIONS)}")
+                raise WeightsError(
+                    f"StarDist config names the activation {activation!r}; known: {', '.join(_ACTIVATIONS)}"
+                )
         if any(side & (side - 1) or side < 1 for side in self.grid):
             raise WeightsError(f"StarDist config has grid={self.grid}; both sides must be powers of two")
         if any(side % 2 == 0 for side in self.unet_kernel_size):
@@ -162,7 +164,9 @@ class StarDistNetwork(nn.Module):
         for conv in [*range(per_depth - 1), per_depth]:
             layer = self._activated(name(f"middle_{conv}"), layer)
         for depth in reversed(range(config.unet_n_depth)):
-            upsampled = nn.functional.interpolate(layer, scale_factor=tuple(map(float, config.unet_pool)), mode="nearest")
+            upsampled = nn.functional.interpolate(
+                layer, scale_factor=tuple(map(float, config.unet_pool)), mode="nearest"
+            )
             layer = torch.cat([upsampled, skips[depth]], dim=1)
             for conv in [*range(per_depth - 1), per_depth]:
                 last = depth == 0 and conv == per_depth

@@ -131,7 +131,7 @@ def read_keras(path: Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
     num_stem = 0
     try:
         with h5py.File(path, "r") as file:
-            root = file["model_weights"] if "model_weights" in file else file
+            root = file.get("model_weights", file)
             for entry in root.attrs["layer_names"]:
                 layer = entry.decode() if isinstance(entry, bytes) else str(entry)
                 arrays = _keras_arrays(root[layer])
@@ -161,7 +161,9 @@ def _keras_arrays(layer: Any) -> dict[str, np.ndarray]:
 def save_folder(network: StarDistNetwork, thresholds: Thresholds, folder: Path) -> None:
     """Write a weight folder: `config.json`, `thresholds.json`, `weights.safetensors` (float32), each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().float().cpu().contiguous() for name, value in network.convolutions.state_dict().items()}
+    state = {
+        name: value.detach().float().cpu().contiguous() for name, value in network.convolutions.state_dict().items()
+    }
     write_atomic(folder / SAFETENSORS_FILE, save(state))
     write_atomic(folder / "config.json", json.dumps(network.config.to_stardist(), indent=1).encode())
     write_atomic(folder / "thresholds.json", json.dumps(asdict(thresholds)).encode())
@@ -202,7 +204,7 @@ def download(name: str, cache: Path | None = None) -> Path:
         return folder
     url = _RELEASE.format(name=name)
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:  # noqa: S310  # https literal above
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
             archive = response.read()
     except (urllib.error.URLError, OSError) as error:
         raise WeightsError(
@@ -211,7 +213,9 @@ def download(name: str, cache: Path | None = None) -> Path:
         ) from error
     found = hashlib.sha256(archive).hexdigest()
     if found != REGISTRY[name]:
-        raise WeightsError(f"{url} gave an archive with sha256 {found}, expected {REGISTRY[name]}; nothing was unpacked")
+        raise WeightsError(
+            f"{url} gave an archive with sha256 {found}, expected {REGISTRY[name]}; nothing was unpacked"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(io.BytesIO(archive)) as members:
         for wanted in ("config.json", "thresholds.json", KERAS_FILE):  # the file that marks the folder complete is last
