@@ -94,7 +94,7 @@ def encode_xml(patient: str, grid: Grid, events: Mapping[int, Sequence[Event]]) 
                 assigned="true" if event.assigned else "false",
             )
     ElementTree.indent(root)
-    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="utf-8") + b"\n"
+    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + bytes(ElementTree.tostring(root, encoding="utf-8")) + b"\n"
 
 
 def location_of(event: Event, grid: Grid, frame: int) -> str:

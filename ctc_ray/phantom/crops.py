@@ -134,7 +134,7 @@ def _neighbours(
 def _packed_around(cells: Objects, crop: int, rng: np.random.Generator) -> FloatArray:
     """Packed nuclei of the region that one cell lies somewhere in, as far as they reach into its crop."""
     radius = rng.uniform(*DENSE_RADIUS_PX)
-    away, angle = radius * np.sqrt(rng.random()), rng.uniform(0.0, 2.0 * np.pi)
+    away, angle = 0.75 * radius * np.sqrt(rng.random()), rng.uniform(0.0, 2.0 * np.pi)
     cell = cells.take(slice(crop, crop + 1))
     middle = (float(cell.row[0] + away * np.sin(angle)), float(cell.col[0] + away * np.cos(angle)))
     points = pack_nuclei(middle, radius, rng.uniform(*DENSE_SPACING_PX), rng)

@@ -37,7 +37,7 @@ class Objects:
         lobe_radius_px: (N,) radius of one lobe.
         ribbon: (N,) bool, the body follows the chain of lobes (smears, fibres) instead of the ellipse.
         dapi, ck, cd45: (N,) peak signal, counts.
-        haze: (N,) autofluorescence of the body in every channel, counts.
+        haze: (N, 3) autofluorescence of the body in DAPI, CK and CD45, counts.
         dapi_texture, ck_grain: (N,) relative granularity.
         ck_ring, cd45_ring: (N,) fraction of the signal in the shell of the body, 0 to 1.
         ck_polarity: (N,) relative gradient of CK across the body, along `angle`.

@@ -44,7 +44,7 @@ class Appearance:
     lobe_spread: tuple[float, float] = (0.0, 0.3)
     nucleus_shift: float = 0.25
     ck_ring: tuple[float, float] = (0.0, 0.7)
-    cd45_ring: tuple[float, float] = (0.4, 0.9)
+    cd45_ring: tuple[float, float] = (0.1, 0.7)
     ck_polarity: tuple[float, float] = (0.0, 0.8)
     ck_exclusion: tuple[float, float] = (0.0, 0.8)
     ck_grain: tuple[float, float] = (0.05, 0.35)
@@ -53,7 +53,7 @@ class Appearance:
     ribbon: bool = False
 
 
-_LEUKOCYTE_LOBES: tuple[int, int] = (1, 4)
+_LEUKOCYTE_LOBES: tuple[int, int] = (1, 3)
 
 APPEARANCES: dict[CellKind, Appearance] = {
     # Size: breast CTCs, median 12.4 um; leukocytes 9.4 um (PMC7782084).
@@ -75,7 +75,7 @@ APPEARANCES: dict[CellKind, Appearance] = {
         cd45=(120.0, 0.7),
         nucleus=(0.6, 0.85),
         lobes=_LEUKOCYTE_LOBES,
-        lobe_spread=(0.1, 0.6),
+        lobe_spread=(0.15, 0.65),
         nucleus_shift=0.15,
         irregularity=(0.05, 0.35),
     ),
@@ -87,7 +87,7 @@ APPEARANCES: dict[CellKind, Appearance] = {
         axis_ratio=(1.0, 1.6),
         nucleus=(0.5, 0.85),
         lobes=_LEUKOCYTE_LOBES,
-        lobe_spread=(0.1, 0.6),
+        lobe_spread=(0.15, 0.65),
         irregularity=(0.05, 0.35),
         defocus_px=(0.4, 2.0),
     ),
@@ -98,7 +98,7 @@ APPEARANCES: dict[CellKind, Appearance] = {
         cd45=(110.0, 0.7),
         nucleus=(0.65, 0.9),
         lobes=_LEUKOCYTE_LOBES,
-        lobe_spread=(0.1, 0.6),
+        lobe_spread=(0.15, 0.65),
         nucleus_shift=0.15,
         irregularity=(0.05, 0.35),
         defocus_px=(0.0, 1.6),
@@ -145,12 +145,12 @@ APPEARANCES: dict[CellKind, Appearance] = {
         defocus_px=(0.0, 2.5),
     ),
     CellKind.SMEAR: Appearance(
-        diameter_um=(18.0, 0.35),
-        dapi=(80.0, 1.0),
-        ck=(350.0, 0.8),
-        haze=(220.0, 0.7),
-        irregularity=(0.1, 0.4),
-        ck_grain=(0.1, 0.5),
+        diameter_um=(23.0, 0.25),
+        dapi=(40.0, 1.0),
+        ck=(200.0, 0.8),
+        haze=(250.0, 0.6),
+        irregularity=(0.3, 0.8),
+        ck_grain=(0.3, 0.7),
         defocus_px=(0.5, 2.5),
         ribbon=True,
     ),
@@ -197,7 +197,7 @@ def draw_objects(kind: npt.NDArray[np.int8], patient: PatientFactors, rng: np.ra
     is_ctc = np.isin(kind, (CellKind.CTC.code, CellKind.CTC_IN_DENSE_DAPI.code))
     diameter = np.where(is_ctc, np.maximum(diameter, _MINIMUM_CTC_UM), diameter)
     diameter = np.where(kind == CellKind.POINT_EVENT.code, np.minimum(diameter, _MAXIMUM_POINT_UM), diameter)
-    diameter = np.minimum(diameter, 26.0).astype(np.float32)
+    diameter = np.minimum(diameter, 30.0).astype(np.float32)
     radius = (diameter / np.float32(2.0 * PIXEL_SIZE_UM)).astype(np.float32)
     angle = rng.uniform(0.0, 2.0 * np.pi, n).astype(np.float32)
     ribbon = _COLUMNS.ribbon[kind]
@@ -221,8 +221,9 @@ def draw_objects(kind: npt.NDArray[np.int8], patient: PatientFactors, rng: np.ra
         dapi=(signal["dapi"] * patient.stain[0]).astype(np.float32),
         ck=(signal["ck"] * patient.stain[1] * ctc_gain).astype(np.float32),
         cd45=(signal["cd45"] * patient.stain[2]).astype(np.float32),
-        haze=signal["haze"],
-        dapi_texture=rng.uniform(0.05, 0.3, n).astype(np.float32),
+        # What shines by itself shines in every channel, never in the same proportion.
+        haze=(signal["haze"][:, None] * np.exp(rng.normal((-0.5, 0.0, -0.2), 0.5, (n, 3)))).astype(np.float32),
+        dapi_texture=rng.uniform(0.05, 0.4, n).astype(np.float32),
         ck_grain=_COLUMNS.uniform("ck_grain", kind, rng),
         ck_ring=_COLUMNS.uniform("ck_ring", kind, rng),
         cd45_ring=_COLUMNS.uniform("cd45_ring", kind, rng),
@@ -253,13 +254,13 @@ def _draw_lobes(
     # Lobes share the nucleus' area: more lobes, each of them smaller.
     lobe_radius = nucleus / np.sqrt(1.0 + 0.35 * (count - 1.0) * (spread[:, 0] / np.maximum(nucleus, 1e-3) > 0.25))
 
-    turns = rng.uniform(0.0, 2.0 * np.pi, (n, 1)) + np.cumsum(rng.normal(0.0, 0.45, (n, NUM_LOBES)), axis=1)
+    turns = rng.uniform(0.0, 2.0 * np.pi, (n, 1)) + np.cumsum(rng.normal(0.0, 0.5, (n, NUM_LOBES)), axis=1)
     step = (2.0 * radius / NUM_LOBES)[:, None] * 1.3
     chain_rows = np.cumsum(step * np.sin(turns), axis=1)
     chain_cols = np.cumsum(step * np.cos(turns), axis=1)
     chain_rows -= chain_rows.mean(axis=1, keepdims=True)
     chain_cols -= chain_cols.mean(axis=1, keepdims=True)
-    thickness = radius * rng.uniform(0.15, 0.4, n)
+    thickness = radius * rng.uniform(0.12, 0.3, n)
     choose = ribbon[:, None]
     return (
         np.where(choose, chain_rows, rows).astype(np.float32),

@@ -22,7 +22,7 @@ PSF_PX: tuple[float, float, float] = (0.75, 0.9, 1.0)
 BATCH = 128
 _LOBE_EDGE = 0.487
 """Value of a single lobe at its radius: the iso-line that is the nucleus' outline."""
-_MASK_LEVEL = 0.4
+_MASK_LEVEL = 0.3
 """An outline lies where the blurred body falls to this fraction: where an expert sees the edge."""
 
 
@@ -148,10 +148,11 @@ def _render_batch(objects: Objects, index: npt.NDArray[np.intp], side: int, *, m
     light[:, 0] = _nucleus_light(objects, nuclear_depth, textures[:, 2])
     light[:, 1] = _cytoplasm_light(objects, depth, nuclear_depth, shell, textures[:, 1], down, right)
     ring = objects.cd45_ring[:, None, None]
-    cd45 = (depth + ring * (shell - depth)) * np.maximum(1.0 + 0.45 * textures[:, 3], 0.0)
+    cd45 = (depth + ring * (shell - depth)) * np.maximum(1.0 + 0.6 * textures[:, 3], 0.0)
     light[:, 2] = objects.cd45[:, None, None] * cd45
-    haze = objects.haze[:, None, None] * depth * np.maximum(1.0 + 0.3 * textures[:, 2], 0.1)
-    light += (haze[:, None] * np.array([0.6, 1.0, 0.8], dtype=np.float32)[:, None, None]) if haze.any() else 0.0
+    if objects.haze.any():
+        dirt = depth * np.maximum(1.0 + objects.ck_grain[:, None, None] * textures[:, 2], 0.1)
+        light += objects.haze[:, :, None, None] * dirt[:, None]
     blurs = [_blur_matrices(np.sqrt(objects.defocus_px**2 + np.float32(sigma**2)), side) for sigma in PSF_PX]
     for channel, blur in enumerate(blurs):
         light[:, channel] = blur @ light[:, channel] @ blur.transpose(0, 2, 1)

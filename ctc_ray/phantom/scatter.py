@@ -8,9 +8,9 @@ from ctc_ray.phantom.objects import FloatArray, Objects, concatenate
 from ctc_ray.phantom.patients import PatientFactors
 from ctc_ray.phantom.population import draw_objects
 
-DENSE_RADIUS_PX = (32.0, 58.0)
+DENSE_RADIUS_PX = (40.0, 70.0)
 """Radius of a region of packed nuclei, uniform."""
-DENSE_SPACING_PX = (10.5, 13.5)
+DENSE_SPACING_PX = (9.5, 12.5)
 """Distance of neighbours in such a region, uniform: nuclei touch, some overlap."""
 _OWN_SPACE = 0.75
 """A cell among packed nuclei keeps this fraction of its radius free of other centres."""
@@ -53,14 +53,18 @@ def place_companions(
 def pack_nuclei(
     centre: tuple[float, float], radius_px: float, spacing_px: float, rng: np.random.Generator
 ) -> FloatArray:
-    """(M, 2) centres (row, column) of nuclei packed into a disk: a jittered hexagonal lattice with gaps."""
-    reach = int(np.ceil(radius_px / (spacing_px * 0.8660254))) + 1
+    """(M, 2) centres (row, column) of packed nuclei: a jittered hexagonal lattice with gaps and a ragged outline."""
+    reach = int(np.ceil(1.4 * radius_px / (spacing_px * 0.8660254))) + 1
     lattice_rows, lattice_cols = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     rows = lattice_rows * spacing_px * 0.8660254
     cols = (lattice_cols + 0.5 * (lattice_rows % 2)) * spacing_px
     points = np.stack([rows.ravel(), cols.ravel()], axis=1) + rng.normal(0.0, 0.2 * spacing_px, (rows.size, 2))
-    keep = (np.hypot(points[:, 0], points[:, 1]) <= radius_px) & (rng.random(len(points)) < 0.88)
-    return np.asarray(points[keep] + centre, dtype=np.float32)
+    angle = np.arctan2(points[:, 0], points[:, 1])
+    phase = rng.uniform(0.0, 2.0 * np.pi, 2)
+    outline = radius_px * (1.0 + 0.25 * np.cos(2.0 * angle + phase[0]) + 0.15 * np.cos(3.0 * angle + phase[1]))
+    # Full inside, thinning out over the outer third.
+    chance = np.clip((outline - np.hypot(points[:, 0], points[:, 1])) / (0.35 * radius_px), 0.0, 0.93)
+    return np.asarray(points[rng.random(len(points)) < chance] + centre, dtype=np.float32)
 
 
 def give_own_space(points: FloatArray, cells: Objects) -> FloatArray:
@@ -95,7 +99,7 @@ def scatter_dense(
     radii = rng.uniform(*DENSE_RADIUS_PX, num_regions)
     spacings = rng.uniform(*DENSE_SPACING_PX, num_regions)
     region = rng.integers(0, max(num_regions, 1), len(cells))
-    away = (radii[region] if num_regions else np.zeros(0)) * np.sqrt(rng.random(len(cells)))
+    away = (0.75 * radii[region] if num_regions else np.zeros(0)) * np.sqrt(rng.random(len(cells)))
     angle = rng.uniform(0.0, 2.0 * np.pi, len(cells))
     at = centres[region] if num_regions else np.zeros((0, 2))
     row = np.clip(at[:, 0] + away * np.sin(angle), 0.0, size[0] - 0.01)
