@@ -308,8 +308,10 @@ class DetectConfig(Section):
     """Which classifier."""
     threshold: Fraction = 0.5
     """Calibrated probability above which a cell is a candidate. Source: paper."""
-    roles: tuple[str, ...] = ("final",)
-    """Roles whose patients are searched where none are named."""
+    roles: tuple[str, ...] = operational(("final",))
+    """Roles whose patients are searched where none are named; each patient is a unit of its own."""
+    max_failure_fraction: Fraction = operational(0.5)
+    """Share of a run's patients that may be set aside before the stage fails."""
 
 
 class CompareConfig(Section):
@@ -321,6 +323,10 @@ class CompareConfig(Section):
     """Centres nearer than this in each axis can be one object. Source: ACCEPT's rule."""
     min_overlap: Fraction = 0.75
     """Share of either box that the intersection must cover. Source: ACCEPT's rule."""
+    truth_radius_px: Annotated[float, Field(gt=0)] = 12.0
+    """How far a row of `truth.parquet` (optional, beside the patients' folders) may lie from the centroid of its cell."""
+    max_failure_fraction: Fraction = operational(0.5)
+    """Share of a run's patients that may be set aside before the stage fails."""
 
 
 class ReportConfig(Section):
