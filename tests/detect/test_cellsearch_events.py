@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ctc_ray.detect.events import find_events_file, read_events
+from ctc_ray.errors import CartridgeError
+from ctc_ray.storage import Store
+
+
+def test_read_events_serpentine_grid_gives_boxes_in_their_fields(faked: ModuleType) -> None:
+    records = "".join(faked.event_xml(n, n, 100 * n, 50, 10, is_ctc=n == 2) for n in (1, 2, 3, 4))
+    events = read_events(faked.archive_xml(records).encode(), "a.xml")
+    assert events["field"].to_list() == [1, 2, 3, 4]
+    assert events["row_low"].to_list() == [90.0, 190.0, 290.0, 390.0]
+    assert set(events["col_high"]) == {61.0}
+    assert events["is_ctc"].to_list() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        (b"<archive><events/></archive>", "grid of frames"),
+        (b"<archive><events>", "not well-formed"),
+        (b"<html/>", "root element"),
+        (b'<!DOCTYPE a [<!ENTITY x "y">]><archive>&x;</archive>', "refused"),
+    ],
+)
+def test_read_events_not_an_archive_is_refused(xml: bytes, message: str) -> None:
+    with pytest.raises(CartridgeError, match=message):
+        read_events(xml, "a.xml")
+
+
+def test_read_events_box_outside_its_frame_is_refused(faked: ModuleType) -> None:
+    record = faked.event_xml(1, 1, 100, 50, 10, is_ctc=True).replace("<framenum>1", "<framenum>4")
+    with pytest.raises(CartridgeError, match=r"1 of 1 events lie outside.*frame 4"):
+        read_events(faked.archive_xml(record).encode(), "a.xml")
+
+
+def test_read_events_number_listed_twice_is_refused(faked: ModuleType) -> None:
+    record = faked.event_xml(1, 1, 100, 50, 10, is_ctc=True)
+    with pytest.raises(CartridgeError, match="twice"):
+        read_events(faked.archive_xml(record * 2).encode(), "a.xml")
+
+
+def test_find_events_file_nested_layouts_are_found(tmp_path: Path) -> None:
+    for path in (
+        "007/007/processed/007.xml",
+        "Müller 3/processed/other.xml",
+        "12/12.xml",
+        "12/notes.xml",
+        "12/.hidden.xml",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("<archive/>")
+    store = Store(str(tmp_path))
+    assert find_events_file(store, "007") == "007/007/processed/007.xml"
+    assert find_events_file(store, "Müller 3") == "Müller 3/processed/other.xml"
+    assert find_events_file(store, "12") == "12/12.xml"
+
+
+def test_find_events_file_missing_folder_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(CartridgeError, match=r"008 holds no CellSearch event xml.*--cellsearch"):
+        find_events_file(Store(str(tmp_path)), "008")
