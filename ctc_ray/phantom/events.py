@@ -13,11 +13,12 @@ from scipy import ndimage
 from ctc_ray.phantom.kinds import CTC_KINDS
 from ctc_ray.phantom.objects import FloatArray
 
-CK_THRESHOLD = 330.0
+CK_THRESHOLD = 350.0
 """Counts of CK above which a pixel belongs to an event."""
 DAPI_THRESHOLD = 220.0
-"""Counts of DAPI that must occur inside the event's box for it to be listed."""
-MINIMUM_AREA_PX = 6
+"""Counts of DAPI that must occur within the CK signal for the event to be listed."""
+MINIMUM_AREA_PX = 25
+"""CK signal of a body of about 4 um, the smallest that the definition of a CTC allows."""
 MARGIN_PX = 2
 """The box is this much larger than the CK signal on each side."""
 
@@ -54,13 +55,12 @@ def find_events(light: FloatArray, truth: pl.DataFrame) -> tuple[Event, ...]:
     height, width = light.shape[1:]
     events = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
-        if np.count_nonzero(labels[box] == label) < MINIMUM_AREA_PX:
+        signal = labels[box] == label
+        if np.count_nonzero(signal) < MINIMUM_AREA_PX or light[0][box][signal].max() < DAPI_THRESHOLD:
             continue
         first_row, first_col = max(box[0].start - MARGIN_PX, 0), max(box[1].start - MARGIN_PX, 0)
         last_row = min(box[0].stop - 1 + MARGIN_PX, height - 1)
         last_col = min(box[1].stop - 1 + MARGIN_PX, width - 1)
-        if light[0, first_row : last_row + 1, first_col : last_col + 1].max() < DAPI_THRESHOLD:
-            continue
         inside = (rows >= first_row) & (rows <= last_row) & (cols >= first_col) & (cols <= last_col)
         events.append(Event(first_row, first_col, last_row, last_col, assigned=bool(inside.any())))
     return tuple(events)

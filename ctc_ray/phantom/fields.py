@@ -124,7 +124,9 @@ def draw_tile(
         size: (height, width) of the tile, px.
     """
     rng = generator(seed, "tile", patient, field)
-    count = max(round(rng.normal(profile.ck_objects_mean, profile.ck_objects_sd)), 10)
+    # The profile counts a frame, which shows a little more than its tile.
+    share = size[0] * size[1] / (FIELD_HEIGHT_PX * FIELD_WIDTH_PX)
+    count = max(round(share * rng.normal(profile.ck_objects_mean, profile.ck_objects_sd)), 10)
     weights = profile.weights(float(np.exp(profile.ctc_spread * factors.ctc_prevalence)))
     codes = np.array([kind.code for kind in CK_KINDS], dtype=np.int8)
     kinds = np.sort(rng.choice(codes, size=count, p=weights))

@@ -58,12 +58,12 @@ _LEUKOCYTE_LOBES: tuple[int, int] = (1, 3)
 APPEARANCES: dict[CellKind, Appearance] = {
     # Size: breast CTCs, median 12.4 um; leukocytes 9.4 um (PMC7782084).
     CellKind.CTC: Appearance(
-        diameter_um=(12.4, 0.28), dapi=(1000.0, 0.6), ck=(900.0, 0.95), axis_ratio=(1.0, 1.6), nucleus=(0.4, 0.8)
+        diameter_um=(12.4, 0.28), dapi=(1000.0, 0.55), ck=(1200.0, 0.85), axis_ratio=(1.0, 1.6), nucleus=(0.4, 0.8)
     ),
     CellKind.CTC_IN_DENSE_DAPI: Appearance(
         diameter_um=(12.4, 0.28),
-        dapi=(800.0, 0.5),
-        ck=(450.0, 0.7),
+        dapi=(850.0, 0.5),
+        ck=(380.0, 0.6),
         axis_ratio=(1.0, 1.7),
         nucleus=(0.45, 0.8),
         defocus_px=(0.4, 2.0),
@@ -71,8 +71,8 @@ APPEARANCES: dict[CellKind, Appearance] = {
     CellKind.LEUKOCYTE: Appearance(
         diameter_um=(9.4, 0.14),
         dapi=(1100.0, 0.4),
-        ck=(210.0, 0.55),
-        cd45=(120.0, 0.7),
+        ck=(140.0, 0.6),
+        cd45=(110.0, 0.75),
         nucleus=(0.6, 0.85),
         lobes=_LEUKOCYTE_LOBES,
         lobe_spread=(0.15, 0.65),
@@ -80,11 +80,11 @@ APPEARANCES: dict[CellKind, Appearance] = {
         irregularity=(0.05, 0.35),
     ),
     CellKind.DENSE_DAPI_LEUKOCYTE: Appearance(
-        diameter_um=(9.4, 0.2),
+        diameter_um=(9.4, 0.22),
         dapi=(900.0, 0.4),
-        ck=(280.0, 0.6),
-        cd45=(60.0, 0.8),
-        axis_ratio=(1.0, 1.6),
+        ck=(240.0, 0.65),
+        cd45=(50.0, 0.9),
+        axis_ratio=(1.0, 1.7),
         nucleus=(0.5, 0.85),
         lobes=_LEUKOCYTE_LOBES,
         lobe_spread=(0.15, 0.65),
@@ -116,8 +116,8 @@ APPEARANCES: dict[CellKind, Appearance] = {
     ),
     CellKind.POINT_EVENT: Appearance(
         diameter_um=(2.6, 0.22),
-        dapi=(500.0, 0.8),
-        ck=(900.0, 0.8),
+        dapi=(450.0, 0.8),
+        ck=(700.0, 0.8),
         nucleus=(0.6, 1.1),
         lobes=(1, 1),
         nucleus_shift=0.8,
@@ -126,9 +126,9 @@ APPEARANCES: dict[CellKind, Appearance] = {
         defocus_px=(0.0, 0.8),
     ),
     CellKind.DOUBLE: Appearance(
-        diameter_um=(4.2, 0.35),
+        diameter_um=(3.6, 0.35),
         dapi=(25.0, 1.2),
-        ck=(800.0, 0.8),
+        ck=(450.0, 0.8),
         axis_ratio=(1.0, 1.8),
         nucleus=(0.4, 0.8),
         ck_ring=(0.0, 0.3),
@@ -136,9 +136,9 @@ APPEARANCES: dict[CellKind, Appearance] = {
     ),
     CellKind.DEBRIS: Appearance(
         diameter_um=(9.0, 0.4),
-        dapi=(100.0, 1.2),
-        ck=(350.0, 0.8),
-        haze=(300.0, 0.7),
+        dapi=(60.0, 1.2),
+        ck=(100.0, 0.9),
+        haze=(150.0, 0.8),
         axis_ratio=(1.0, 2.6),
         irregularity=(0.4, 1.0),
         ck_grain=(0.3, 0.9),
@@ -147,8 +147,8 @@ APPEARANCES: dict[CellKind, Appearance] = {
     CellKind.SMEAR: Appearance(
         diameter_um=(23.0, 0.25),
         dapi=(40.0, 1.0),
-        ck=(200.0, 0.8),
-        haze=(250.0, 0.6),
+        ck=(80.0, 0.9),
+        haze=(150.0, 0.7),
         irregularity=(0.3, 0.8),
         ck_grain=(0.3, 0.7),
         defocus_px=(0.5, 2.5),
