@@ -28,7 +28,7 @@ from ctc_ray.schema import (
 )
 
 ENCODER, MAP, WIDTH, PCA_DIM = "dino", "map", 16, 8
-ROLES = {"007": "train", "12": "validation", "31": "test", "Müller 3": "final", "<b>x</b> & co": "final"}
+ROLES = {"007": "train", "12": "validation", "31": "test", "Müller 3": "final", '<b>x & "co"': "final"}
 GRID = (2, 2)
 FIELD_SHAPE = (1036, 1384)
 
