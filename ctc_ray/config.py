@@ -89,9 +89,11 @@ class SegmentConfig(Section):
     """Edge of a pixel in the sample plane."""
     duplicate_radius_px: Annotated[float, Field(ge=0)] = 10.0
     """Detections of different fields nearer than this are one physical cell."""
+    measure_overlap: bool = True
+    """Whether the overlap of adjacent fields is measured from their pixels; else they are taken to abut."""
     max_candidates: Count = 200_000
     """Cap on candidates before non-maximum suppression (which never returns on saturated fields)."""
-    max_failure_fraction: Fraction = 0.1
+    max_failure_fraction: Fraction = operational(0.1)
     """Share of a run's fields that may fail before the stage does."""
     num_network_actors: Count = operational(1)
     """StarDist actors."""
@@ -99,6 +101,8 @@ class SegmentConfig(Section):
     """Threads of one StarDist actor."""
     num_instance_actors: Count = operational(1)
     """Actors for non-maximum suppression and crops."""
+    use_gpu: bool = operational(default=False)
+    """Whether each StarDist actor gets a GPU."""
 
 
 class TrainSegmenterConfig(Section):
@@ -142,34 +146,55 @@ class SplitConfig(Section):
 
 
 class PretrainConfig(Section):
-    """DINO pretraining of the encoder."""
+    """DINO pretraining of the encoder; a null hyper-parameter takes the preset's value."""
 
     encoder_id: Name = "dino"
     """Folder below `encoders/`."""
     preset: Literal["marker", "paper"] = "marker"
-    """Views: `marker` keeps the identity of the channels, `paper` repeats the reference's colour augmentations."""
+    """Views and hyper-parameters: `marker` keeps the identity of the channels, `paper` repeats the reference."""
     init: Literal["default", "random"] = "default"
-    """Start from the shipped encoder or from random weights."""
-    architecture: str = "xcit_nano_12_p8_224"
+    """Start from the shipped encoder (whose architecture must be the one named) or from seeded random weights."""
+    architecture: str = "xcit_nano_12_p8"
     """timm name of the backbone."""
-    image_size_px: Count = 48
-    """Side of a global view."""
-    local_size_px: Count = 24
-    """Side of a local view."""
-    steps: Count = 1000
-    """Optimiser steps; schedules are scaled to it."""
-    batch_size: Count = 64
-    """Crops a step over all workers."""
-    prototypes: Count = 4096
-    """Width of the head's last layer; the reference has 65,536."""
-    head_hidden: Count = 1024
-    """Width of the head's hidden layers; the reference has 2,048."""
+    image_size_px: Count | None = None
+    """Side of a global view; `marker` has 48, `paper` 256."""
+    local_size_px: Count | None = None
+    """Side of a local view; `marker` has 24, `paper` 85."""
+    num_local_views: Annotated[int, Field(ge=0)] | None = None
+    """Local views a crop; both presets have 5."""
+    steps: Count | None = None
+    """Optimiser steps, to which schedules are scaled; `marker` has 1,000, `paper` 30,000."""
+    batch_size: Count | None = None
+    """Crops a step over all workers; `marker` has 64, `paper` 128."""
+    prototypes: Count | None = None
+    """Width of the head's last layer; `marker` has 4,096, `paper` 65,536."""
+    head_hidden: Count | None = None
+    """Width of the head's hidden layers; `marker` has 1,024, `paper` 2,048."""
+    head_bottleneck: Count | None = None
+    """Width before the last layer; both presets have 256."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak rate of AdamW; both presets have 1e-3."""
+    teacher_momentum: Fraction | None = None
+    """Moving average of the teacher at the first step; `marker` has 0.99 (rising to 1), `paper` 0.995."""
+    precision: Precision = "auto"
+    """`auto` takes bf16 where the hardware multiplies it."""
+    intensity_percentiles: tuple[float, float] = (1.0, 99.8)
+    """Percentiles of the pretraining pixels that the intensity constants map to 0 and 1."""
+    intensity_compression: Annotated[float, Field(ge=0)] = 3.0
+    """k of asinh(k u) / asinh(k), applied to the scaled light u; 0 is linear."""
+    full_scale: Annotated[float, Field(gt=0)] | None = None
+    """Count of a saturated pixel; null: 255 for 8 bit, 4,095 for 16 bit (12-bit cameras store their counts so)."""
     seed: int = 42
-    """Seed of weights, order and augmentation."""
+    """Seed of weights, order and views."""
     num_workers: Count = 2
-    """Training processes; part of the identity, since gradients are averaged over them."""
+    """Training processes; part of the identity, since batch statistics are per worker."""
+    data: Literal["resident", "streaming"] = "resident"
+    """`resident`: each worker holds its share of the crops, and a resumed run equals an uninterrupted one; `streaming`: Ray
+    Data streams them, and a resumed run starts its epoch again."""
     checkpoint_every: Count = operational(200)
     """Steps between checkpoints."""
+    max_failures: Annotated[int, Field(ge=0)] = operational(2)
+    """Restarts after a lost worker."""
     use_gpu: bool = operational(default=False)
     """Whether each worker gets a GPU."""
 
@@ -181,12 +206,16 @@ class EmbedConfig(Section):
     """Id below `encoders/`, or `default` for the shipped encoder."""
     precision: Precision = "auto"
     """`auto` is resolved once per cohort and recorded there."""
+    intensity: Literal["encoder", "reference", "minmax"] = "encoder"
+    """Intensity rule: the encoder's own, full scale to -1..1, or the range of each crop and channel (the paper's text)."""
+    full_scale: Annotated[float, Field(gt=0)] | None = None
+    """Count of a saturated pixel; null: 255 for 8 bit, 4,095 for 16 bit (12-bit cameras store their counts so)."""
     batch_size: Count = operational(256)
     """Crops a forward pass."""
     num_actors: Count = operational(2)
     """Embedding actors."""
     unit_cells: Count = operational(2000)
-    """Cells a unit of work."""
+    """Cells a unit of work: what a killed run computes again at most, per actor."""
     use_gpu: bool = operational(default=False)
     """Whether each actor gets a GPU."""
 
@@ -278,16 +307,18 @@ class HilConfig(Section):
     encoder: Name = "dino"
     """Which embeddings."""
     map: Name = "map"
-    """Which latent map."""
-    scenarios: tuple[str, ...] = ("limited-global",)
-    """Scenarios to run."""
-    strategies: tuple[str, ...] = ("random", "cluster-f1", "margin")
+    """Which latent map; it stays as it is through all loops."""
+    scenarios: Annotated[tuple[str, ...], Field(min_length=1)] = ("limited-global",)
+    """Scenarios to run: `limited-global`, `limited-local`."""
+    strategies: Annotated[tuple[str, ...], Field(min_length=1)] = ("random", "cluster-f1", "margin")
     """Strategies to compare."""
-    seeds: str | int = "paper"
-    """`paper` (164, 29, 7, 190, 71), or a number of seeds."""
+    main_clusters: tuple[int, ...] = ()
+    """Main clusters of `limited-local`; empty: every cluster of the training set but the background."""
+    seeds: str | Count = "paper"
+    """`paper` (164, 29, 7, 190, 71), or a number of seeds: 0, 1, 2, ..."""
     mode: Literal["faithful", "corrected"] = "corrected"
     """`faithful` repeats the faults of the reference."""
-    initial: Count = 100
+    initial: Annotated[int, Field(ge=2)] = 100
     """Labels before the first loop. Source: paper."""
     per_loop: Count = 100
     """Labels a loop. Source: paper."""
@@ -295,8 +326,16 @@ class HilConfig(Section):
     """Source: paper."""
     mc_splits: Count = 100
     """Monte-Carlo splits that score the clusters. Source: reference implementation."""
+    flip_rate: Fraction = 0.0
+    """Share of the simulated expert's answers that are wrong."""
     max_concurrent: Count = operational(2)
-    """Trials at a time."""
+    """Trials at a time, one processor each; raise it on a cluster."""
+
+    @model_validator(mode="after")
+    def _known_seeds(self) -> HilConfig:
+        if isinstance(self.seeds, str) and self.seeds != "paper" and not (self.seeds.isdigit() and int(self.seeds) > 0):
+            raise ValueError(f"seeds is {self.seeds!r}: write `paper`, or a number of seeds above zero")
+        return self
 
 
 class DetectConfig(Section):

@@ -70,7 +70,7 @@ def limited_global(
 ) -> Start:
     """Few labels from the whole training set; the rest is the pool.
 
-    In corrected mode the last loop takes what is left where the pool is short of `loops * per_loop`.
+    In corrected mode the last loop takes what is left where the pool is a little short; faithful mode demands all of it.
 
     Raises:
         ConfigError: a main cluster is given, or the training set is smaller than the initial draw and the loops need.
@@ -80,7 +80,8 @@ def limited_global(
     if main_cluster is not None:
         raise ConfigError("limited-global has no main cluster: leave --main-cluster out, or choose limited-local")
     num, needed = len(problem.train), settings.initial + settings.loops * settings.per_loop
-    if num < needed:
+    least = needed if settings.mode == "faithful" else needed - settings.per_loop + 1
+    if num < least:
         raise ConfigError(
             f"{problem.train.name} has {num} labelled cells, but {settings.initial} initial labels and {settings.loops} loops of "
             f"{settings.per_loop} need {needed}: label more cells, or lower hil.initial, hil.per_loop or hil.loops"
@@ -90,7 +91,8 @@ def limited_global(
     else:
         labelled = _start_rng(seed).choice(num, settings.initial, replace=False).astype(np.int64)
     pool = np.setdiff1d(np.arange(num), labelled)
-    return Start(problem.train_clusters_filled, labelled, pool, (settings.per_loop,) * settings.loops, strategy)
+    counts = _counts(min(len(pool), settings.loops * settings.per_loop), settings.per_loop, settings.loops)
+    return Start(problem.train_clusters_filled, labelled, pool, counts, strategy)
 
 
 def limited_local(

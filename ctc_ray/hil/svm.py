@@ -52,7 +52,7 @@ def squared_distances(rows: Floats, columns: Floats) -> Floats:
     Returns:
         (M, N) float64, not below zero.
     """
-    norms = np.einsum("md,md->m", rows, rows)[:, None] + np.einsum("nd,nd->n", columns, columns)
+    norms: Floats = np.einsum("md,md->m", rows, rows)[:, None] + np.einsum("nd,nd->n", columns, columns)
     norms -= 2.0 * (rows @ columns.T)
     np.maximum(norms, 0.0, out=norms)
     return norms
@@ -66,7 +66,7 @@ def pairwise_squared_distances(features: Floats) -> Floats:
     """
     gram = features @ features.T
     norms = np.diag(gram).copy()
-    squared = norms[:, None] + norms - 2.0 * gram
+    squared: Floats = norms[:, None] + norms - 2.0 * gram
     np.maximum(squared, 0.0, out=squared)
     return squared
 

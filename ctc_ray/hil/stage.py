@@ -1,0 +1,211 @@
+"""The simulate stage: a cohort or a processed release in, `results.parquet` out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from ctc_ray.cluster import connect
+from ctc_ray.cohort import Cohort
+from ctc_ray.config import HilConfig, RunConfig
+from ctc_ray.errors import ConfigError, SchemaError
+from ctc_ray.hil.cohort_pools import read_inputs, read_problem
+from ctc_ray.hil.loop import Trial
+from ctc_ray.hil.pools import BACKGROUND, Problem
+from ctc_ray.hil.release import ARRAYS, TABLES, read_release
+from ctc_ray.hil.scenarios import PAPER_SEEDS, LoopSettings, scenario_named
+from ctc_ray.hil.strategies import strategy_named
+from ctc_ray.progress import Progress
+from ctc_ray.records import (
+    PlanRow,
+    Record,
+    StageResult,
+    State,
+    digest_of,
+    identity_of,
+    publish,
+    read_record,
+    require_fresh,
+    state_of,
+)
+from ctc_ray.schema import RESULTS_SCHEMA
+from ctc_ray.storage import Store
+
+STAGE = "simulate"
+RESULTS = "results.parquet"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a simulation reads and writes; reading the arrays is put off until they are needed."""
+
+    store: Store
+    folder: str
+    inputs: dict[str, str]
+    read: Callable[[], Problem]
+
+
+def run_simulate(
+    config: RunConfig,
+    cohort: Cohort | None,
+    *,
+    release: str | None = None,
+    out: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> StageResult:
+    """Sweep scenario x strategy x seed (x main cluster) with Ray Tune and write the tidy results.
+
+    Args:
+        config: `config.hil` is used.
+        cohort: its labelled cells on its latent map; or None with `release` and `out`.
+        release: folder (path or URI) of the processed release.
+        out: folder (path or URI) for the results of a release.
+        force: whether results of other settings or inputs are replaced.
+        progress: where progress goes.
+
+    Returns:
+        Trials computed and reused, and the path of `results.parquet` (columns of `RESULTS_SCHEMA`).
+
+    Raises:
+        ConfigError: an unknown scenario or strategy, or numbers that do not fit the labelled cells.
+        MissingInputError: the latent map or a file of the release is missing.
+        LabelError: labels are missing, of one class, or of an unknown kind.
+        StaleOutputError: results of other settings or inputs are there, and `force` is not set.
+    """
+    started = time.monotonic()
+    settings = config.hil
+    source = _source(settings, cohort, release, out)
+    _check_names(settings)
+    identity = identity_of(STAGE, settings.identity(), source.inputs)
+    former = read_record(source.store, source.folder)
+    if require_fresh(source.store, source.folder, identity, force=force) is State.COMPLETE and former and not force:
+        num_trials = former.counts.get("trials", 0)
+        return _result(source, former.counts, computed=0, reused=num_trials, seconds=time.monotonic() - started)
+    from ctc_ray.hil.sweep import PARTS, Parts, run_sweep  # Tune takes seconds to import
+
+    problem = source.read()
+    trials = plan_trials(settings, problem)
+    parts = Parts(source.store, source.folder, loop_settings(settings), source.inputs)
+    shown = progress or Progress(quiet=True)
+    with connect(config=config.ray):
+        done = run_sweep(problem, trials, parts, max_concurrent=settings.max_concurrent, progress=shown)
+    table = _gather(source.store, [parts.path(trial) for trial in trials])
+    counts = {
+        "trials": len(trials),
+        "rows": table.num_rows,
+        "train_cells": len(problem.train),
+        "test_cells": len(problem.test),
+    }
+    record = Record(
+        stage=STAGE,
+        unit=settings.name,
+        identity=identity,
+        config=settings.identity(),
+        inputs=source.inputs,
+        counts=counts,
+        seconds=time.monotonic() - started,
+        units_computed=done.computed,
+        units_reused=done.reused,
+        workers=done.workers,
+    )
+    publish(source.store, source.folder, {RESULTS: table}, record)
+    source.store.delete_folder(f"{source.folder}/{PARTS}")
+    return _result(source, counts, computed=done.computed, reused=done.reused, seconds=time.monotonic() - started)
+
+
+def plan_simulate(
+    config: RunConfig, cohort: Cohort | None, *, release: str | None = None, out: str | None = None
+) -> list[PlanRow]:
+    """Say what `run_simulate` would do; raises as it does."""
+    settings = config.hil
+    source = _source(settings, cohort, release, out)
+    _check_names(settings)
+    state = state_of(source.store, source.folder, identity_of(STAGE, settings.identity(), source.inputs))
+    num_parts = len(source.store.list_files(f"{source.folder}/_parts", ".parquet"))
+    why = {
+        State.COMPLETE: "results are there and fit settings and inputs",
+        State.STALE: "results are there, made with other settings or inputs: --force replaces them",
+        State.ABSENT: f"no results yet; {num_parts} finished trials of an interrupted run"
+        if num_parts
+        else "no results yet",
+    }
+    return [PlanRow(source.store.describe(source.folder), state, why[state])]
+
+
+def loop_settings(config: HilConfig) -> LoopSettings:
+    """Numbers of the experiment, for the kernel."""
+    return LoopSettings(config.mode, config.initial, config.per_loop, config.loops, config.mc_splits, config.flip_rate)
+
+
+def seeds_of(config: HilConfig) -> tuple[int, ...]:
+    """Seeds of the runs: the paper's five, or 0, 1, 2, ..."""
+    return PAPER_SEEDS if config.seeds == "paper" else tuple(range(int(config.seeds)))
+
+
+def plan_trials(config: HilConfig, problem: Problem) -> list[Trial]:
+    """All trials of a sweep; `limited-local` has them for each main cluster.
+
+    Raises:
+        ConfigError: a scenario or strategy is unknown, or a main cluster has no training cell.
+    """
+    _check_names(config)
+    clusters = sorted({int(c) for c in problem.train.clusters} - {BACKGROUND})
+    unknown = sorted(set(config.main_clusters) - {*clusters, BACKGROUND})
+    if unknown and "limited-local" in config.scenarios:
+        raise ConfigError(
+            f"main cluster {unknown[0]} has no labelled training cell: choose among {', '.join(map(str, clusters))}"
+        )
+    trials = []
+    for scenario in dict.fromkeys(config.scenarios):
+        mains = (config.main_clusters or clusters) if scenario == "limited-local" else (None,)
+        for main in mains:
+            for strategy in dict.fromkeys(config.strategies):
+                trials += [Trial(scenario, strategy, main, run, seed) for run, seed in enumerate(seeds_of(config), 1)]
+    return trials
+
+
+def _check_names(config: HilConfig) -> None:
+    for scenario in config.scenarios:
+        scenario_named(scenario)
+    for strategy in config.strategies:
+        strategy_named(strategy)
+
+
+def _source(config: HilConfig, cohort: Cohort | None, release: str | None, out: str | None) -> _Source:
+    if release is not None:
+        if out is None:
+            raise ConfigError("a simulation on a release needs a folder for its results: give --out OUT")
+        store, folder = _parent_and_name(out)
+        found = Store(release)
+        inputs = {name: digest_of(found.read_bytes(name)) for name in (*TABLES, *ARRAYS) if found.exists(name)}
+        return _Source(store, folder, inputs, lambda: read_release(found).problem())
+    if cohort is None:
+        raise ConfigError("give a cohort, or a release with --release DIR --out OUT")
+    labelled = read_inputs(cohort, config)
+    return _Source(
+        cohort.store, cohort.simulation(config.name), labelled.inputs, lambda: read_problem(cohort, config, labelled)
+    )
+
+
+def _parent_and_name(out: str) -> tuple[Store, str]:
+    parent, _, name = out.rstrip("/").rpartition("/")
+    if not name or name in (".", "..") or parent.endswith(":/"):
+        raise ConfigError(f"--out {out!r} must name a folder for the results, not a root")
+    return Store(parent or ("/" if out.startswith("/") else ".")), name
+
+
+def _gather(store: Store, paths: list[str]) -> pa.Table:
+    tables = [store.read_table(path).cast(RESULTS_SCHEMA) for path in paths]
+    table = pa.concat_tables(tables)
+    if table.num_rows == 0:
+        raise SchemaError("the simulations gave no rows")
+    return table
+
+
+def _result(source: _Source, counts: dict[str, int], *, computed: int, reused: int, seconds: float) -> StageResult:
+    path = source.store.describe(f"{source.folder}/{RESULTS}")
+    return StageResult(STAGE, computed, reused, counts=counts, paths=(path,), seconds=seconds)
