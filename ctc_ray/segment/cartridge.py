@@ -84,7 +84,8 @@ def find_patients(store: Store) -> list[str]:
             f"no folder of cartridges at {store.describe()}: give the folder that holds one folder a patient"
         )
     patients = [name for name in store.list_folders() if not name.startswith(".")]
-    patients = [name for name in patients if name != "masks" or _has_images(store, name)]
+    if store.exists("phantom.json"):  # synthetic cartridges may have their instance masks beside the patients
+        patients = [name for name in patients if name != "masks"]
     if not patients:
         raise CartridgeError(
             f"{store.describe()} is empty of patients: --cartridges needs one folder a patient, with its field images inside"
@@ -156,10 +157,6 @@ def _visible(store: Store, folder: str, suffixes: Sequence[str]) -> list[str]:
     return [
         path for path in paths if path.lower().endswith(tuple(suffixes)) and not path.rsplit("/", 1)[-1].startswith(".")
     ]
-
-
-def _has_images(store: Store, folder: str) -> bool:
-    return bool(_descend(store, folder)[1])
 
 
 def _frame_number(path: str) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -61,7 +61,7 @@ def read_field(store: Store, field: FieldFile, channel_map: Mapping[Channel, int
         planes = _planes(data, field.path, field.layout, [index for index in channel_map.values() if index is not None])
     except CartridgeError:
         raise
-    except Exception as error:  # noqa: BLE001  # decoders of damaged files raise anything; one file must not end the run
+    except Exception as error:  # decoders of damaged files raise anything; one file must not end the run
         raise CartridgeError(f"{field.path} cannot be decoded: {type(error).__name__}: {error}") from error
     first = next(iter(planes.values()))
     zeros = np.zeros_like(first)
@@ -114,7 +114,7 @@ def _check_count(count: int, wanted: list[int], path: str, what: str) -> None:
         )
 
 
-def _check_whole(page: tifffile.TiffPage, num_bytes: int, path: str) -> None:
+def _check_whole(page: tifffile.TiffPage | tifffile.TiffFrame, num_bytes: int, path: str) -> None:
     """Refuse a page whose strips lie beyond the end of the file: some decoders would fill them with zeros."""
     ends = [offset + size for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True)]
     if not ends or max(ends) > num_bytes or min(page.databytecounts) == 0:
@@ -138,3 +138,19 @@ def _check_pixels(pixels: np.ndarray, field: FieldFile) -> None:
     ck = pixels[Channel.CK]
     if ck.min() == ck.max():
         raise CartridgeError(f"{field.path}: every pixel of the CK page is {ck.min()}, so there is nothing to segment")
+
+
+def pixel_type(store: Store, fields: Sequence[FieldFile]) -> str:
+    """Pixel type of a patient's fields: that of the first one whose header can be read; `uint8` where none can."""
+    for field in fields:
+        try:
+            with store.open_input(field.path) as stream:
+                if not field.path.lower().endswith(TIFF_SUFFIXES):
+                    return str(np.asarray(imread(io.BytesIO(stream.read()))).dtype)
+                with tifffile.TiffFile(stream) as file:
+                    found = file.pages[0].dtype
+        except Exception:  # noqa: BLE001  # damaged headers raise anything; the field's own turn tells what is wrong
+            continue
+        if found in (np.uint8, np.uint16):
+            return str(found)
+    return "uint8"

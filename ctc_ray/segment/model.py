@@ -61,17 +61,26 @@ class StarDist:
         device: where the network runs.
     """
 
-    def __init__(self, weights: Weights, *, precision: str = "auto", device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        precision: str = "auto",
+        device: str | torch.device | None = None,
+        percentiles: tuple[float, float] = (1.0, 99.8),
+    ) -> None:
         """Put the network on a device.
 
         Args:
             weights: from `load_weights`.
             precision: `auto`, `fp32` or `bf16`.
             device: default `cuda` where there is one, else `cpu`.
+            percentiles: grey levels of an image that become 0 and 1.
 
         Raises:
             ConfigError: the precision is unknown.
         """
+        self._percentiles = percentiles
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = resolve_precision(precision, self.device)
         self.weights = weights
@@ -90,6 +99,7 @@ class StarDist:
         *,
         precision: str = "auto",
         device: str | torch.device | None = None,
+        percentiles: tuple[float, float] = (1.0, 99.8),
     ) -> StarDist:
         """Load a model.
 
@@ -97,12 +107,13 @@ class StarDist:
             source: None for the shipped default, a weight folder (Keras or safetensors), or a published name.
             precision: `auto` (bf16 where the processor has it natively, else fp32), `fp32` or `bf16`.
             device: default `cuda` where there is one, else `cpu`.
+            percentiles: grey levels of an image that become 0 and 1.
 
         Raises:
             WeightsError: the weights cannot be found or read.
             ConfigError: the precision is unknown.
         """
-        return cls(load_weights(source), precision=precision, device=device)
+        return cls(load_weights(source), precision=precision, device=device, percentiles=percentiles)
 
     @property
     def thresholds(self) -> Thresholds:
@@ -179,7 +190,7 @@ class StarDist:
     def _padded_maps(self, image: npt.ArrayLike) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
         pixels = self._checked(np.asarray(image))
         config = self.weights.network.config
-        padded = pad_to_multiple(normalize_percentile(pixels), config.multiple)
+        padded = pad_to_multiple(normalize_percentile(pixels, *self._percentiles), config.multiple)
         batch = (
             torch.from_numpy(padded)
             .permute(2, 0, 1)[None]
