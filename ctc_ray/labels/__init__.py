@@ -1,0 +1,1 @@
+"""Label events, the consensus that turns them into labels, their import and export, and the simulated expert."""
