@@ -115,9 +115,21 @@ class TrainSegmenterConfig(Section):
     patch_size_px: Annotated[int, Field(ge=64, multiple_of=16)] = 256
     """Side of a training patch."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """Adam's first learning rate. Source: StarDist defaults."""
+    """Adam's highest learning rate. Source: StarDist defaults."""
+    warmup_steps: Count = 100
+    """Steps until the highest rate is reached."""
+    decay_fraction: Fraction = 0.3
+    """Share of the steps, at the end, over which the rate falls to zero."""
+    held_out_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the images that no gradient comes from: progress figures and thresholds."""
+    initial: str | None = None
+    """Folder or registered name of weights to start from; null: random weights."""
+    n_rays: Annotated[int, Field(ge=3)] = 32
+    """Rays of a polygon."""
+    n_filter_base: Count = 32
+    """Filters of the first level; the other layers follow from it."""
     seed: int = 0
-    """Seed of patches and augmentation."""
+    """Seed of weights, patches and augmentation."""
     checkpoint_every: Count = operational(500)
     """Steps between checkpoints."""
 

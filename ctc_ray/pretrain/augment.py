@@ -54,8 +54,8 @@ class ViewGeometry:
     global_px: int = 48
     local_px: int = 24
     num_local: int = 5
-    global_scale: tuple[float, float] = (0.5, 1.0)
-    local_scale: tuple[float, float] = (0.15, 0.5)
+    global_scale: tuple[float, float] = (0.45, 1.0)
+    local_scale: tuple[float, float] = (0.2, 0.6)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class MarkerStrength:
     Attributes:
         perspective: largest perspective coefficient (dimensionless, on coordinates -1..1).
         aspect: largest ratio of the sides of the sampled window.
+        wander: how far a window's centre leaves the crop's, 0..1 of the room there is. The cell lies in the middle,
+            and a window of background alone has nothing to say about it.
         exposure_log2: range of a common gain of all channels, drawn per *crop* and shared by its views: variety for
             the encoder, and no demand to ignore brightness.
         exposure_probability: share of crops that get such an exposure.
@@ -83,6 +85,7 @@ class MarkerStrength:
 
     perspective: float = 0.15
     aspect: float = 1.25
+    wander: float = 0.7
     exposure_log2: tuple[float, float] = (-4.0, 1.0)
     exposure_probability: float = 0.3
     gain_log2: float = 0.25
@@ -112,6 +115,7 @@ def draw_warps(
     scale: tuple[float, float],
     aspect: float,
     perspective: float,
+    wander: float = 1.0,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Draw one homography per view: crop window, flip, rotation and perspective in one matrix.
@@ -121,6 +125,7 @@ def draw_warps(
         scale: range of the window's share of the crop's area.
         aspect: largest ratio of its sides.
         perspective: largest perspective coefficient.
+        wander: share of the room between window and border that the window's centre uses.
         generator: source of all draws.
 
     Returns:
@@ -132,7 +137,7 @@ def draw_warps(
     flip = torch.where(uniform((num,), 0.0, 1.0, generator) < 0.5, -1.0, 1.0)
     width, height = side * stretch * flip, side / stretch
     # The window's centre stays where the window lies inside the crop.
-    room = (1.0 - side).clamp_min(0.0)
+    room = (1.0 - side).clamp_min(0.0) * wander
     centre_x, centre_y = uniform((2, num), -1.0, 1.0, generator) * room
     tilt_x, tilt_y = uniform((2, num), -perspective, perspective, generator)
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
@@ -225,6 +230,7 @@ class MarkerAugment:
                 scale=scale,
                 aspect=strength.aspect,
                 perspective=strength.perspective,
+                wander=strength.wander,
                 generator=generator,
             )
             repeated = unit.repeat(num_views, 1, 1, 1)

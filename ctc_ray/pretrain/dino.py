@@ -87,7 +87,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     Buffers (batch-norm statistics) are left alone: they come from the teacher's own passes in train mode, as in the
     reference.
     """
-    teacher_parameters = list(teacher.parameters())
+    teacher_parameters: list[torch.Tensor] = list(teacher.parameters())
     torch._foreach_mul_(teacher_parameters, momentum)
     torch._foreach_add_(teacher_parameters, [p.detach() for p in student.parameters()], alpha=1.0 - momentum)
 

@@ -214,7 +214,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], where: str)
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
             if names
         ]
-        msg = f"{where}: weights do not fit {type(module).__name__}: {'; '.join(parts)}. Name the right architecture"
+        msg = f"{where}: weights do not fit {type(module).__name__}: {'; '.join(parts)}. Name the right architecture and number of channels"
         raise WeightsError(msg)
     module.load_state_dict(state)
 

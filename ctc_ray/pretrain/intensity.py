@@ -5,7 +5,6 @@ Shape letters: N crops, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -158,22 +157,24 @@ def scale_for_network(fraction_NCHW: torch.Tensor, rule: IntensityRule) -> torch
     return to_network(to_unit(fraction_NCHW, rule), rule)
 
 
-def fraction_histogram(crops_NCHW: npt.NDArray[Any], num_bins: int = 4096) -> npt.NDArray[np.int64]:
+def fraction_histogram(
+    crops_NCHW: npt.NDArray[Any], num_bins: int = 4096, *, full_scale: float | None = None
+) -> npt.NDArray[np.int64]:
     """Count pixels per channel and fraction of full scale.
 
     Args:
         crops_NCHW: (N, C, H, W) uint8 or uint16.
         num_bins: bins over 0..1; 4096 keep 12 bits.
+        full_scale: count of a saturated pixel; None takes the dtype's maximum.
 
     Returns:
         (C, num_bins) int64; histograms of shards add up to the histogram of the whole.
     """
-    full_scale = full_scale_of(crops_NCHW.dtype)
-    num_channels = crops_NCHW.shape[1]
-    counts = np.empty((num_channels, num_bins), dtype=np.int64)
-    levels = np.arange(int(full_scale) + 1)
-    bin_of_level = np.minimum((levels / full_scale * num_bins).astype(np.int64), num_bins - 1)
-    for channel in range(num_channels):
+    maximum = full_scale_of(crops_NCHW.dtype)
+    levels = np.arange(int(maximum) + 1)
+    bin_of_level = np.minimum((levels / (full_scale or maximum) * num_bins).astype(np.int64), num_bins - 1)
+    counts = np.empty((crops_NCHW.shape[1], num_bins), dtype=np.int64)
+    for channel in range(crops_NCHW.shape[1]):
         per_level = np.bincount(crops_NCHW[:, channel].reshape(-1), minlength=len(levels))
         counts[channel] = np.bincount(bin_of_level, weights=per_level, minlength=num_bins).astype(np.int64)
     return counts
@@ -226,6 +227,32 @@ def _percentiles(counts_CB: npt.NDArray[np.int64], percentile: float) -> list[fl
     return values
 
 
-def channel_names(num_channels: int, names: Sequence[str]) -> tuple[str, ...]:
-    """Names of the channels, extended by `extra_<n>` where a crop has more than the schema names."""
-    return tuple(names[i].lower() if i < len(names) else f"extra_{i}" for i in range(num_channels))
+CAMERA_FULL_SCALE: Final = 4095.0
+"""Count of a saturated pixel of a 12-bit camera, whose counts cohorts store in uint16."""
+
+
+def stored_full_scale(dtype: np.dtype[Any], full_scale: float | None) -> float:
+    """Full scale of the crops of a cohort: the configured one, else 255 for 8 bit and 4,095 for 16 bit."""
+    if full_scale is not None:
+        return full_scale
+    return 255.0 if full_scale_of(dtype) == 255.0 else CAMERA_FULL_SCALE
+
+
+def check_counts(crops_NCHW: npt.NDArray[Any], full_scale: float, where: str, key: str) -> None:
+    """Refuse counts above full scale: the scale is then wrong, and all vectors would be.
+
+    Args:
+        crops_NCHW: (N, C, H, W) counts.
+        full_scale: count of a saturated pixel.
+        where: the crops' place, for the message.
+        key: configuration key that sets full scale, for the message.
+
+    Raises:
+        SchemaError: a count lies above it.
+    """
+    highest = int(crops_NCHW.max()) if crops_NCHW.size else 0
+    if highest > full_scale:
+        raise SchemaError(
+            f"{where} holds counts up to {highest}, above the full scale of {full_scale:g}: "
+            f"set {key} to the count of a saturated pixel (65535 for 16-bit cameras)"
+        )

@@ -1,0 +1,5 @@
+"""Embedding: a vector for every crop."""
+
+from ctc_ray.embed.embedder import Embedder
+
+__all__ = ["Embedder"]

@@ -1,0 +1,321 @@
+"""The embed stage: units of cells through a pool of embedding actors, complete per patient.
+
+The driver sees one small status row a unit; pixels and vectors stay in the workers, which write the files themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from ctc_ray.cluster import worker_identity
+from ctc_ray.cohort import Cohort
+from ctc_ray.config import EmbedConfig, RunConfig
+from ctc_ray.embed.embedder import DEFAULT_NAME, Embedder
+from ctc_ray.embed.units import PARTS, Unit, consolidate, embed_unit, finished_parts, parts_folder, units_of
+from ctc_ray.errors import CtcRayError, SchemaError
+from ctc_ray.pretrain.encoder import (
+    DEFAULT_FOLDER,
+    DESCRIPTION_FILE,
+    WEIGHTS_FILE,
+    EncoderSpec,
+    decode_spec,
+    read_folder,
+)
+from ctc_ray.pretrain.precision import default_device, resolve_precision
+from ctc_ray.progress import Progress
+from ctc_ray.records import (
+    FailureRow,
+    PlanRow,
+    Record,
+    StageResult,
+    State,
+    WorkerTally,
+    identity_of,
+    read_record,
+    require_fresh,
+    state_of,
+    write_failures,
+    write_record,
+)
+from ctc_ray.storage import Store
+
+STAGE = "embed"
+_PRECISION_FILE = "precision.json"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to do for one patient."""
+
+    patient: str
+    output: str
+    identity: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    units: tuple[Unit, ...]
+    missing: tuple[Unit, ...]
+
+
+def plan_embed(config: RunConfig, cohort: Cohort, *, patients: list[str] | None = None) -> list[PlanRow]:
+    """Say what `run_embed` would do, patient by patient; touches nothing and needs no Ray."""
+    section = config.embed
+    precision = _recorded_precision(section, cohort)
+    rows = []
+    spec = _encoder_spec(cohort, section.encoder) if _has_encoder(cohort, section.encoder) else None
+    for patient in cohort.select_patients(patients):
+        folder = cohort.embeddings(section.encoder, patient)
+        if spec is None:
+            rows.append(PlanRow(patient, State.ABSENT, f"encoder {section.encoder} is not there yet: run pretrain"))
+        elif read_record(cohort.store, cohort.cells(patient)) is None:
+            rows.append(PlanRow(patient, State.ABSENT, "its cells are not there yet: run segment"))
+        elif precision is None:
+            rows.append(PlanRow(patient, State.ABSENT, "nothing is embedded with this encoder yet"))
+        else:
+            identity, _, _ = _identity(section, cohort, patient, spec, precision)
+            state = state_of(cohort.store, folder, identity)
+            why = {
+                State.ABSENT: "not embedded yet",
+                State.STALE: "made from other cells, another encoder or other settings: --force replaces it",
+                State.COMPLETE: "same cells, encoder and settings",
+            }[state]
+            rows.append(PlanRow(patient, state, why))
+    return rows
+
+
+def run_embed(
+    config: RunConfig,
+    cohort: Cohort,
+    *,
+    patients: list[str] | None = None,
+    force: bool = False,
+    progress: Progress,
+) -> StageResult:
+    """Embed all cells of the cohort (or of some patients) that are not embedded yet.
+
+    Args:
+        config: section `embed` is used.
+        cohort: with the cells and the encoder.
+        patients: ids; None takes all.
+        force: replace embeddings that were made otherwise.
+        progress: where to show it.
+
+    Raises:
+        MissingInputError: a patient was not segmented, or the encoder is not there.
+        StaleOutputError: embeddings of other cells, another encoder or other settings are there, without `force`.
+        SchemaError: cells cannot be read; patients without such cells are complete nevertheless.
+    """
+    started = time.monotonic()
+    section = config.embed
+    chosen = cohort.select_patients(patients)
+    for patient in chosen:
+        cohort.require(cohort.cells(patient), "segment")
+    spec = _encoder_spec(cohort, section.encoder)
+    precision = _recorded_precision(section, cohort) or _fix_precision(section, cohort)
+    jobs, kept = [], []
+    for patient in chosen:
+        job = _job(section, cohort, patient, spec, precision, force=force)
+        if job is None:
+            kept.append(patient)
+        else:
+            jobs.append(job)
+    cells = _run_jobs(section, cohort, jobs, precision, progress)
+    done = [read_record(cohort.store, cohort.embeddings(section.encoder, p)) for p in kept]
+    reused = sum(r.units_computed + r.units_reused for r in done if r is not None)
+    reused += sum(len(job.units) - len(job.missing) for job in jobs)
+    cells += sum(r.counts.get("cells", 0) for r in done if r is not None)
+    return StageResult(
+        stage=STAGE,
+        units_computed=sum(len(job.missing) for job in jobs),
+        units_reused=reused,
+        counts={"patients": len(chosen), "cells": cells, "width": spec.width},
+        paths=tuple(cohort.store.describe(cohort.embeddings(section.encoder, p)) for p in chosen),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _has_encoder(cohort: Cohort, encoder: str) -> bool:
+    return encoder == DEFAULT_NAME or read_record(cohort.store, cohort.encoder(encoder)) is not None
+
+
+def _encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
+    if encoder == DEFAULT_NAME:
+        _, description = read_folder(DEFAULT_FOLDER)
+        return decode_spec(description, str(DEFAULT_FOLDER))
+    folder = cohort.encoder(encoder)
+    cohort.require(folder, "pretrain")
+    return decode_spec(cohort.store.read_bytes(f"{folder}/{DESCRIPTION_FILE}"), cohort.store.describe(folder))
+
+
+def _load_embedder(store: Store, section: EmbedConfig, precision: str) -> Embedder:
+    """Load the encoder inside a worker, by the package or from the cohort."""
+    if section.encoder == DEFAULT_NAME:
+        (weights, description), where = read_folder(DEFAULT_FOLDER), str(DEFAULT_FOLDER)
+    else:
+        folder = Cohort(store).encoder(section.encoder)
+        where = store.describe(folder)
+        weights = store.read_bytes(f"{folder}/{WEIGHTS_FILE}")
+        description = store.read_bytes(f"{folder}/{DESCRIPTION_FILE}")
+    return Embedder.from_files(
+        weights,
+        description,
+        where,
+        precision=precision,
+        intensity=None if section.intensity == "encoder" else section.intensity,
+        device=default_device(section.use_gpu),
+        batch_size=section.batch_size,
+    )
+
+
+def _precision_path(cohort: Cohort, encoder: str) -> str:
+    return f"{cohort.embeddings(encoder, _PRECISION_FILE)}"
+
+
+def _recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
+    """The precision of this cohort's embeddings: the configured one, or what `auto` resolved to the first time."""
+    if section.precision != "auto":
+        return section.precision
+    path = _precision_path(cohort, section.encoder)
+    return str(cohort.store.read_json(path)["precision"]) if cohort.store.exists(path) else None
+
+
+def _fix_precision(section: EmbedConfig, cohort: Cohort) -> str:
+    """Resolve `auto` on a worker of the kind that embeds, and record it for every later run and machine."""
+    resolve = ray.remote(num_cpus=1, num_gpus=1 if section.use_gpu else 0)(_resolve_here)
+    precision: str = ray.get(resolve.remote(section.use_gpu))
+    cohort.store.write_json(_precision_path(cohort, section.encoder), {"precision": precision})
+    return precision
+
+
+def _resolve_here(use_gpu: bool) -> str:
+    return resolve_precision("auto", default_device(use_gpu))
+
+
+def _identity(
+    section: EmbedConfig, cohort: Cohort, patient: str, spec: EncoderSpec, precision: str
+) -> tuple[str, dict[str, Any], dict[str, str]]:
+    cells = cohort.require(cohort.cells(patient), "segment")
+    inputs = {"cells": cells.identity, "encoder": spec.fingerprint}
+    settings = {k: v for k, v in section.identity().items() if k != "encoder"} | {"precision": precision}
+    return identity_of(STAGE, settings, inputs), settings, inputs
+
+
+def _job(
+    section: EmbedConfig, cohort: Cohort, patient: str, spec: EncoderSpec, precision: str, *, force: bool
+) -> _Job | None:
+    """The patient's units and which of them are missing; None where the output is complete."""
+    output = cohort.embeddings(section.encoder, patient)
+    identity, settings, inputs = _identity(section, cohort, patient, spec, precision)
+    if require_fresh(cohort.store, output, identity, force=force) is State.COMPLETE:
+        cohort.store.delete_folder(f"{output}/{PARTS}")  # left where a run was killed after its record
+        return None
+    folder = parts_folder(output, identity)
+    units = units_of(cohort.store, patient, cohort.shards(cohort.cells(patient)), folder, section.unit_cells)
+    present = finished_parts(cohort.store, folder)
+    missing = tuple(unit for unit in units if unit.part not in present)
+    return _Job(patient, output, identity, settings, inputs, tuple(units), missing)
+
+
+class _EmbedActor:
+    """Holds one embedder and embeds one unit a call."""
+
+    def __init__(self, store: Store, section: EmbedConfig, precision: str) -> None:
+        torch.set_num_threads(1)
+        self._store = store
+        self._full_scale = section.full_scale
+        self._embedder = _load_embedder(store, section, precision)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Embed the units of a batch (one), and report a status row for each."""
+        node, pid = worker_identity()
+        rows: list[dict[str, Any]] = []
+        for row in batch.to_pylist():
+            unit = Unit(**row)
+            kind, message, cells = "", "", 0
+            try:
+                cells = embed_unit(self._store, unit, self._embedder, self._full_scale)
+            except CtcRayError as error:
+                # A damaged shard must not end the other patients' work; the driver reports it.
+                kind, message = type(error).__name__, str(error)
+            rows.append({"part": unit.part, "cells": cells, "node": node, "pid": pid, "kind": kind, "message": message})
+        return pa.Table.from_pylist(rows)
+
+
+def _status_rows(section: EmbedConfig, cohort: Cohort, units: list[Unit], precision: str) -> Any:
+    """Stream the units through the actors; yields one status row a unit as it is done."""
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(section.num_actors, len(units)))
+    dataset = ray.data.from_items(
+        [unit.to_row() for unit in units], override_num_blocks=min(len(units), 1000)
+    ).map_batches(
+        _EmbedActor,
+        fn_constructor_args=(cohort.store, section, precision),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=pool,
+        num_cpus=1,
+        num_gpus=1 if section.use_gpu else None,
+    )
+    batch: Any
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
+
+
+def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision: str, progress: Progress) -> int:
+    """Embed what is missing and complete each patient as soon as its last unit is there; returns cells."""
+    by_part = {unit.part: job for job in jobs for unit in job.missing}
+    waiting = {job.patient: {unit.part for unit in job.missing} for job in jobs}
+    tallies = {job.patient: WorkerTally() for job in jobs}
+    failures: dict[str, list[FailureRow]] = {job.patient: [] for job in jobs}
+    started = time.monotonic()
+    cells = sum(_finish(cohort, job, tallies[job.patient], started) for job in jobs if not job.missing)
+    units = [unit for job in jobs for unit in job.missing]
+    if units:
+        with progress.task("embed", total=len(units)) as task:
+            for row in _status_rows(section, cohort, units, precision):
+                job = by_part[row["part"]]
+                waiting[job.patient].discard(row["part"])
+                if row["kind"]:
+                    failures[job.patient].append(FailureRow(row["part"], row["kind"], row["message"]))
+                else:
+                    tallies[job.patient].add(row["node"], row["pid"])
+                if not waiting[job.patient] and not failures[job.patient]:
+                    cells += _finish(cohort, job, tallies[job.patient], started)
+                task.advance(note=f"patient {job.patient}")
+    for patient, rows in failures.items():
+        write_failures(cohort.store, STAGE, patient, rows)
+    failed = [row for rows in failures.values() for row in rows]
+    if failed:
+        raise SchemaError(f"{len(failed)} of {len(units)} units could not be embedded. First: {failed[0].message}")
+    return cells
+
+
+def _finish(cohort: Cohort, job: _Job, tally: WorkerTally, started: float) -> int:
+    """Join a patient's parts in a worker, write its record last, remove the parts; returns its cells."""
+    former = read_record(cohort.store, job.output)
+    # The task needs a processor for moments only; asking for none lets it run while the pool holds them all.
+    join = ray.remote(num_cpus=0)(consolidate)
+    sizes: dict[str, int] = ray.get(join.remote(cohort.store, job.output, list(job.units)))
+    cells = sum(unit.stop - unit.start for unit in job.units)
+    record = Record(
+        stage=STAGE,
+        unit=job.patient,
+        identity=job.identity,
+        config=job.settings,
+        inputs=job.inputs,
+        files=sizes,
+        counts={"cells": cells},
+        seconds=time.monotonic() - started,
+        units_computed=len(job.missing),
+        units_reused=len(job.units) - len(job.missing),
+        workers=tally.rows(),
+    )
+    write_record(cohort.store, job.output, record)
+    for name in sorted(set(former.files if former else ()) - set(sizes)):
+        cohort.store.delete(f"{job.output}/{name}")
+    cohort.store.delete_folder(f"{job.output}/{PARTS}")
+    return cells
