@@ -126,6 +126,7 @@ def _tuner(
 
 def _fit(tuner: tune.Tuner) -> Any:
     quiet = {
+        "RAY_AIR_NEW_OUTPUT": "0",  # the newer reporter prints a banner even at verbosity 0
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }
