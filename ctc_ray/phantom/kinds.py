@@ -68,7 +68,7 @@ class Profile:
     num_fields: int
     ck_objects_mean: float = 84.0
     ck_objects_sd: float = 15.0
-    kind_weights: Mapping[CellKind, float] = field(default_factory=lambda: MappingProxyType({}))
+    kind_weights: Mapping[CellKind, float] = field(default_factory=dict)
     background_leukocytes: float = 320.0
     ctc_spread: float = 0.35
 
@@ -93,7 +93,7 @@ _OTHERS = {
 def _mix(ctc: float, ctc_in_dense: float) -> Mapping[CellKind, float]:
     rest = 1.0 - ctc - ctc_in_dense
     others = {kind: weight * rest for kind, weight in _OTHERS.items()}
-    return MappingProxyType({CellKind.CTC: ctc, CellKind.CTC_IN_DENSE_DAPI: ctc_in_dense, **others})
+    return {CellKind.CTC: ctc, CellKind.CTC_IN_DENSE_DAPI: ctc_in_dense, **others}
 
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(

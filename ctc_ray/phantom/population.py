@@ -63,7 +63,7 @@ APPEARANCES: dict[CellKind, Appearance] = {
     CellKind.CTC_IN_DENSE_DAPI: Appearance(
         diameter_um=(12.4, 0.28),
         dapi=(850.0, 0.5),
-        ck=(380.0, 0.6),
+        ck=(310.0, 0.6),
         axis_ratio=(1.0, 1.7),
         nucleus=(0.45, 0.8),
         defocus_px=(0.4, 2.0),
@@ -82,8 +82,8 @@ APPEARANCES: dict[CellKind, Appearance] = {
     CellKind.DENSE_DAPI_LEUKOCYTE: Appearance(
         diameter_um=(9.4, 0.22),
         dapi=(900.0, 0.4),
-        ck=(240.0, 0.65),
-        cd45=(50.0, 0.9),
+        ck=(240.0, 0.6),
+        cd45=(35.0, 0.9),
         axis_ratio=(1.0, 1.7),
         nucleus=(0.5, 0.85),
         lobes=_LEUKOCYTE_LOBES,
