@@ -115,19 +115,14 @@ def write_phantom(
             if _is_written(store, record, settings, name, grid):
                 task.advance(grid.num_frames, note=f"{name} is there already")
                 continue
-            truths: list[pl.DataFrame] = []
-            events: dict[int, tuple[Event, ...]] = {}
             jobs = [_Job(store, settings, profile, grid, name, frame) for frame in range(1, grid.num_frames + 1)]
-            for frame, truth, found in run(jobs):
-                truths.append(truth)
-                events[frame] = found
-                written += 1
+            drawn = []
+            for done in run(jobs):
+                drawn.append(done)
                 task.advance(note=name)
-            store.write_bytes(xml_path(name), encode_xml(name, grid, events))
-            truth = pl.concat(truths)
-            store.write_table(_part_path(name), truth.to_arrow().cast(TRUTH_SCHEMA))
-            record["patients"][name] = _count(truth, events)
+            record["patients"][name] = _complete(store, name, grid, drawn)
             store.write_json(SETTINGS_PATH, record)
+            written += len(drawn)
     _finish(store, record, anew=written > 0)
     totals = {key: sum(record["patients"][name][key] for name in names) for key in _COUNTS}
     return PhantomResult(
@@ -207,7 +202,7 @@ def _begin(
             differing = sorted(key for key in wanted if found.get("settings", {}).get(key) != wanted[key])
             raise StaleOutputError(
                 f"{store.describe()} holds phantom cartridges of other settings ({', '.join(differing)} differ): "
-                "choose another folder, or --force to replace them"
+                "choose another folder, or remove that one first"
             )
         for name in found.get("patient_ids", []):
             store.delete_folder(check_patient_id(name))
@@ -238,7 +233,12 @@ def _is_written(store: Store, record: dict[str, Any], settings: PhantomConfig, p
     return all(store.exists(path) for path in wanted)
 
 
-def _count(truth: pl.DataFrame, events: dict[int, tuple[Event, ...]]) -> dict[str, int]:
+def _complete(store: Store, patient: str, grid: Grid, drawn: list[_Drawn]) -> dict[str, int]:
+    """Write a patient's xml and truth once all frames are there; returns their counts."""
+    events = {frame: found for frame, _, found in drawn}
+    truth = pl.concat([rows for _, rows, _ in drawn])
+    store.write_bytes(xml_path(patient), encode_xml(patient, grid, events))
+    store.write_table(_part_path(patient), truth.to_arrow().cast(TRUTH_SCHEMA))
     listed = [event for found in events.values() for event in found]
     return {
         "cells": truth.height,

@@ -100,7 +100,7 @@ def test_write_phantom_other_settings_raise_unless_forced(tmp_path: Path) -> Non
     small = PhantomConfig(patient_ids=("007",), fields=1, seed=1)
     write_phantom(small, tmp_path)
     other = small.model_copy(update={"seed": 2})
-    with pytest.raises(StaleOutputError, match=r"seed differ.*--force"):
+    with pytest.raises(StaleOutputError, match=r"seed differ.*another folder"):
         write_phantom(other, tmp_path)
     before = digests(tmp_path)
     assert write_phantom(other, tmp_path, force=True).fields_written == 1
