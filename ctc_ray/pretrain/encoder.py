@@ -236,3 +236,8 @@ def load_folder(folder: Path | str) -> tuple[nn.Module, EncoderSpec]:
     """Load an encoder from a local folder (see `decode_encoder`)."""
     weights, description = read_folder(Path(folder))
     return decode_encoder(weights, description, str(folder))
+
+
+def same_architecture(one: str, other: str) -> bool:
+    """Whether two names stand for one backbone (`xcit_nano_12_p8` and timm's `xcit_nano_12_p8_224`)."""
+    return _TIMM_NAMES.get(one, one) == _TIMM_NAMES.get(other, other)
