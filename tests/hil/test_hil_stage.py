@@ -1,0 +1,268 @@
+"""The simulate stage: from a release and from a cohort, resumed, stale, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctc_ray.cohort import Cohort
+from ctc_ray.config import RunConfig, load_config
+from ctc_ray.errors import ConfigError, LabelError, MissingInputError, StaleOutputError
+from ctc_ray.hil.cohort_pools import read_inputs, read_problem
+from ctc_ray.hil.loop import run_trial
+from ctc_ray.hil.pools import Problem
+from ctc_ray.hil.stage import loop_settings, plan_simulate, plan_trials, run_simulate, seeds_of
+from ctc_ray.progress import Progress
+from ctc_ray.records import Record, State, publish, read_record
+from ctc_ray.schema import DUPLICATES_SCHEMA, LABELS_SCHEMA, RESULTS_SCHEMA, latent_schema
+
+_SMALL = ("hil.initial=30", "hil.per_loop=20", "hil.loops=2", "hil.mc_splits=5", "hil.seeds=2")
+_ROLES = {"001": "train", "7": "train", "Müller 3": "test", "9": "validation"}
+
+
+def _config(*overrides: str) -> RunConfig:
+    return load_config(None, [*_SMALL, *overrides])
+
+
+def _write_cohort(folder: Path, problem: Problem) -> Cohort:
+    """A cohort with labels and a finished map; each patient has one physical cell that was found twice."""
+    cohort = Cohort.open(str(folder), create=True)
+    cohort.add_patients({p: p for p in _ROLES})
+    cohort.write_patients(cohort.patients().with_columns(pl.col("patient").replace_strict(_ROLES).alias("role")))
+    publish(cohort.store, cohort.latent("dino", "map"), {}, Record("map", "map", "map-1", {}, {}))
+    half = len(problem.train) // 2
+    rows = {"001": range(half), "7": range(half, len(problem.train)), "Müller 3": range(80), "9": range(80, 120)}
+    for patient, role in _ROLES.items():
+        cells = problem.train if role == "train" else problem.test
+        index = list(rows[patient])
+        index.append(index[0])  # the second detection of the first cell
+        ids = [f"{patient}-{i:04d}" for i in range(len(index))]
+        _write_patient(cohort, patient, ids, cells.features[index], cells.clusters[index])
+        _write_labels(cohort, patient, ids, cells.labels[index])
+    return cohort
+
+
+def _write_patient(cohort: Cohort, patient: str, ids: list[str], features: np.ndarray, clusters: np.ndarray) -> None:
+    cells = pa.table({"cell_id": ids, "prob": pa.array(np.linspace(0.9, 0.5, len(ids)), pa.float32())})
+    publish(cohort.store, cohort.cells(patient), {"part-000.parquet": cells}, Record("segment", patient, "c", {}, {}))
+    physical = [*ids[:-1], ids[0]]
+    duplicates = pa.Table.from_pydict({"cell_id": ids, "physical_id": physical}, schema=DUPLICATES_SCHEMA)
+    cohort.store.write_table(cohort.duplicates_path(patient), duplicates)
+    placed = {
+        "cell_id": ids,
+        "patient": [patient] * len(ids),
+        "pca": features.astype(np.float32).tolist(),
+        "umap_x": features[:, 0].astype(np.float32),
+        "umap_y": features[:, 1].astype(np.float32),
+        "cluster": clusters.astype(np.int16),
+    }
+    table = pa.Table.from_pydict(placed, schema=latent_schema(features.shape[1]))
+    folder = cohort.latent_cells("dino", "map", patient)
+    publish(cohort.store, folder, {"part-000.parquet": table}, Record("map", patient, f"placed-{patient}", {}, {}))
+
+
+def _write_labels(cohort: Cohort, patient: str, ids: list[str], labels: np.ndarray) -> None:
+    start = datetime(2025, 1, 1, tzinfo=UTC)
+    rows = []
+    for number, (name, label) in enumerate(zip(ids, labels, strict=True)):
+        values = dict.fromkeys(LABELS_SCHEMA.names)
+        text = "ctc" if label else ("artefact" if number % 3 else "non_ctc")
+        values |= {"event_id": f"e-{name}", "cell_id": name, "patient": patient, "label": text, "reader": "r"}
+        rows.append(values | {"source": "test", "at": start + timedelta(seconds=number)})
+    unsure = rows[5] | {"label": "unsure"}
+    rows[5] = unsure
+    cohort.store.write_table(f"labels/{patient}.parquet", pa.Table.from_pylist(rows, schema=LABELS_SCHEMA))
+
+
+def test_read_problem_takes_pools_by_role_without_unsure_cells_and_one_detection_a_physical_cell(
+    tmp_path: Path, problem: Problem
+) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    hil = _config().hil
+    found = read_problem(cohort, hil, read_inputs(cohort, hil))
+    assert (len(found.train), len(found.test)) == (240 - 2, 80 - 1)  # an unsure cell a patient
+    assert found.validation is not None
+    assert len(found.validation) == 39
+    assert "001-0120" not in found.train.cell_ids  # the less certain of two detections
+    row = int(np.flatnonzero(found.train.cell_ids == "7-0010")[0])
+    np.testing.assert_allclose(found.train.features[row], problem.train.features[130], rtol=1e-6)
+    assert found.train.labels[row] == problem.train.labels[130]
+    assert found.train.clusters[row] == problem.train.clusters[130]
+
+
+def test_read_inputs_changes_with_labels_and_roles(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    hil = _config().hil
+    before = read_inputs(cohort, hil).inputs
+    table = cohort.store.read_table("labels/7.parquet").slice(0, 60)
+    cohort.store.write_table("labels/7.parquet", table)
+    assert read_inputs(cohort, hil).inputs["labels"] != before["labels"]
+    assert read_inputs(cohort, hil).inputs["map"] == before["map"]
+
+
+def test_read_inputs_without_map_or_labels_names_the_command(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    with pytest.raises(MissingInputError, match="ctc-ray map"):
+        read_inputs(cohort, _config("hil.map=other").hil)
+    cohort.store.delete("labels/Müller 3.parquet")
+    with pytest.raises(LabelError, match=r"role test \(patients: Müller 3\)"):
+        read_inputs(cohort, _config().hil)
+
+
+def test_plan_simulate_fresh_cohort_is_absent(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    rows = plan_simulate(_config(), cohort)
+    assert [row.state for row in rows] == [State.ABSENT]
+
+
+def test_plan_trials_limited_local_has_every_main_cluster_but_the_background(make: Callable[..., Problem]) -> None:
+    config = _config("hil.scenarios=[limited-global, limited-local]", "hil.strategies=[random, cluster-f1]").hil
+    trials = plan_trials(config, make(background=20))
+    assert len(trials) == len(set(trials)) == 2 * 2 + 4 * 2 * 2
+    assert {t.main_cluster for t in trials if t.scenario == "limited-local"} == {0, 1, 2, 3}
+    assert {t.main_cluster for t in trials if t.scenario == "limited-global"} == {None}
+
+
+def test_seeds_of_paper_or_a_number() -> None:
+    assert seeds_of(load_config(None, []).hil) == (164, 29, 7, 190, 71)
+    assert seeds_of(load_config(None, ["hil.seeds='3'"]).hil) == (0, 1, 2)
+    with pytest.raises(ConfigError, match="seeds"):
+        load_config(None, ["hil.seeds=papper"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hil.scenarios=[limited-globl]", "no scenario 'limited-globl'"),
+        ("hil.strategies=[margins]", "no strategy 'margins'"),
+    ],
+)
+def test_plan_simulate_unknown_name_lists_the_known(
+    tmp_path: Path, problem: Problem, override: str, message: str
+) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    with pytest.raises(ConfigError, match=message):
+        plan_simulate(_config(override), cohort)
+
+
+def test_run_simulate_without_source_or_out_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--out"):
+        run_simulate(_config(), None, release=str(tmp_path))
+    with pytest.raises(ConfigError, match="cohort"):
+        run_simulate(_config(), None)
+    with pytest.raises(ConfigError, match="root"):
+        run_simulate(_config(), None, release=str(tmp_path), out="/")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_simulate_cohort_writes_the_rows_of_the_plain_loop_and_then_reuses_them(
+    tmp_path: Path, problem: Problem
+) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    config = _config()
+    result = run_simulate(config, cohort, progress=Progress(quiet=True))
+    assert (result.units_computed, result.units_reused) == (6, 0)
+    table = pq.read_table(tmp_path / "cohort" / "simulations" / "paper" / "results.parquet")
+    assert table.schema.equals(RESULTS_SCHEMA)
+    found = read_problem(cohort, config.hil, read_inputs(cohort, config.hil))
+    rows = [r for t in plan_trials(config.hil, found) for r in run_trial(found, t, loop_settings(config.hil))]
+    assert table.to_pylist() == rows
+    record = read_record(cohort.store, "simulations/paper")
+    assert record is not None
+    assert sum(w["units"] for w in record.workers) == 6
+    assert cohort.store.list_folders("simulations/paper") == []
+    again = run_simulate(config, cohort)
+    assert (again.units_computed, again.units_reused) == (0, 6)
+    with pytest.raises(StaleOutputError, match="--force"):
+        run_simulate(_config("hil.loops=1"), cohort)
+    forced = run_simulate(_config("hil.loops=1"), cohort, force=True)
+    assert forced.units_computed == 6
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_simulate_interrupted_sweep_runs_only_what_is_missing(tmp_path: Path, problem: Problem) -> None:
+    from ctc_ray.hil.sweep import Parts, run_sweep
+
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    config = _config()
+    whole = Cohort.open(str(tmp_path / "cohort"))
+    inputs = read_inputs(cohort, config.hil)
+    found = read_problem(cohort, config.hil, inputs)
+    parts = Parts(cohort.store, "simulations/paper", loop_settings(config.hil), inputs.inputs)
+    run_sweep(found, plan_trials(config.hil, found)[:2], parts, max_concurrent=1, progress=Progress(quiet=True))
+    assert "2 finished trials" in plan_simulate(config, whole)[0].why
+    result = run_simulate(config, whole)
+    assert (result.units_computed, result.units_reused) == (4, 2)
+    resumed = cohort.store.read_table("simulations/paper/results.parquet")
+    cohort.store.delete_folder("simulations/paper")
+    run_simulate(config, whole)
+    assert resumed.equals(cohort.store.read_table("simulations/paper/results.parquet"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_simulate_too_few_labels_raises_the_trials_own_message(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    with pytest.raises(ConfigError, match=r"role train has 238 labelled cells"):
+        run_simulate(_config("hil.initial=500"), cohort)
+    assert not cohort.store.exists("simulations/paper/results.parquet")
+
+
+_DRIVER = """
+import sys
+from ctc_ray.cluster import connect
+from ctc_ray.config import RayConfig, load_config
+from ctc_ray.hil.stage import run_simulate
+with connect(config=RayConfig(num_cpus=4, object_store_mb=100)):
+    run_simulate(load_config(None, sys.argv[3:]), None, release=sys.argv[1], out=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_simulate_killed_release_sweep_goes_on_and_equals_an_uninterrupted_one(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    release = str(shared_data / "hil_release")
+    overrides = ["hil.strategies=[random,cluster-f1]", "hil.mc_splits=20", "hil.max_concurrent=1"]
+    command = [sys.executable, "-c", _DRIVER, release, str(tmp_path / "killed"), *overrides]
+    driver = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "killed" / "_parts"
+    deadline = time.monotonic() + 240
+    while not (parts.is_dir() and len(list(parts.glob("[!.]*.parquet"))) >= 2):
+        assert time.monotonic() < deadline
+        assert driver.poll() is None
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    config = load_config(None, overrides)
+    result = run_simulate(config, None, release=release, out=str(tmp_path / "killed"))
+    assert result.units_reused >= 2
+    assert result.units_computed + result.units_reused == 10
+    run_simulate(config, None, release=release, out=str(tmp_path / "whole"))
+    killed, whole = (pq.read_table(tmp_path / name / "results.parquet") for name in ("killed", "whole"))
+    assert killed.equals(whole)
+
+
+def test_loop_settings_carries_every_number_of_the_config() -> None:
+    settings = loop_settings(_config("hil.flip_rate=0.1", "hil.mode=faithful").hil)
+    assert dataclasses.asdict(settings) == {
+        **{"mode": "faithful", "initial": 30, "per_loop": 20},
+        **{"loops": 2, "mc_splits": 5, "flip_rate": 0.1},
+    }
