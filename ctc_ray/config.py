@@ -18,6 +18,7 @@ from ctc_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Name = Annotated[str, Field(pattern=r"^[^/\\\s._][^/\\]*$")]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -358,7 +359,7 @@ class DetectConfig(Section):
     classifier: Name = "svm"
     """Which classifier."""
     threshold: Fraction = 0.5
-    """Calibrated probability above which a cell is a candidate. Source: paper."""
+    """Calibrated probability from which a cell is a candidate. Source: paper."""
     roles: tuple[str, ...] = operational(("final",))
     """Roles whose patients are searched where none are named; each patient is a unit of its own."""
     max_failure_fraction: Fraction = operational(0.5)
@@ -387,10 +388,21 @@ class ReportConfig(Section):
     """Folder below `reports/`."""
     gallery_cells: Count = 48
     """Candidates shown."""
+    cluster_examples: Count = 6
+    """Cells shown of each cluster."""
+    contrast_percentiles: tuple[Percent, Percent] = (5.0, 99.8)
+    """Percentiles of the cohort's pixels that are drawn black and white, one pair of values a channel for all cells."""
     max_map_points: Count = 20_000
     """Points drawn of the latent map (seeded sample)."""
     title: str = "Circulating tumor cells"
     """Title of the page."""
+
+    @model_validator(mode="after")
+    def _ordered_percentiles(self) -> ReportConfig:
+        low, high = self.contrast_percentiles
+        if low >= high:
+            raise ValueError(f"contrast_percentiles must rise, not {low:g} to {high:g}")
+        return self
 
 
 class RayConfig(Section):

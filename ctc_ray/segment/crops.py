@@ -62,7 +62,7 @@ def measure(labels: npt.NDArray[np.int32], image_CHW: np.ndarray, num_instances:
         Arrays (N,): `area_px` int64; `row`, `col` (centroid, pixels), `eccentricity` (of the ellipse with the same second
         moments, 0 circle to 1 line) and the columns of `STATISTICS`, float64, NaN where an instance has no pixel.
 
-    Source: eccentricity as scikit-image's `regionprops` (pixels are squares, hence 1/12).
+    Source: eccentricity as scikit-image's `regionprops`.
     """
     rows, columns = np.nonzero(labels)
     of = labels[rows, columns] - 1
@@ -74,11 +74,12 @@ def measure(labels: npt.NDArray[np.int32], image_CHW: np.ndarray, num_instances:
     with np.errstate(invalid="ignore", divide="ignore"):
         row, col = total(rows) / area, total(columns) / area
         d_row, d_col = rows - row[of], columns - col[of]
-        m_rr, m_cc = total(d_row**2) / area + 1 / 12, total(d_col**2) / area + 1 / 12
+        m_rr, m_cc = total(d_row**2) / area, total(d_col**2) / area
         m_rc = total(d_row * d_col) / area
         half, root = (m_rr + m_cc) / 2, np.sqrt(((m_rr - m_cc) / 2) ** 2 + m_rc**2)
         measured = {"area_px": area, "row": row, "col": col}
-        measured["eccentricity"] = np.sqrt(np.clip(1 - (half - root) / (half + root), 0, 1))
+        ratio = (half - root) / np.maximum(half + root, 1e-12)
+        measured["eccentricity"] = np.where(half + root > 0, np.sqrt(np.clip(1 - ratio, 0, 1)), 0.0)
         names = iter(STATISTICS)
         for channel in image_CHW:
             values = channel[rows, columns].astype(np.float64)

@@ -6,9 +6,9 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import urllib.error
 import urllib.request
+import uuid
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -171,11 +171,12 @@ def save_folder(network: StarDistNetwork, thresholds: Thresholds, folder: Path) 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a local file so that a reader sees the old content or the new, never a part."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    Path(file.name).replace(path)
+    temporary.replace(path)
 
 
 def fingerprint_of(network: StarDistNetwork, thresholds: Thresholds) -> str:
