@@ -83,23 +83,23 @@ def score_shards(classifier: ScoresEmbeddings, shards: Iterable[tuple[str, pa.Ta
 
 
 def select_candidates(cells: pl.DataFrame, threshold: float) -> pl.DataFrame:
-    """Keep one row for each physical cell whose best detection lies above the threshold.
+    """Keep one row for each physical cell whose best detection reaches the threshold.
 
     Adjacent fields can show one cell twice; the detection with the highest probability stands for it (the smaller `cell_id`
     where two are equal), and `num_detections` counts all detections of the cell, whatever their probability.
 
     Args:
         cells: one row a detection: the columns of CANDIDATES_SCHEMA but `num_detections`.
-        threshold: probability, exclusive.
+        threshold: probability, inclusive: the rule by which the classifier calls a cell a CTC.
 
     Returns:
         Columns of CANDIDATES_SCHEMA, highest probability first.
 
-    Source: paper, Methods (probability above 0.5; duplicates removed, without a stated rule).
+    Source: paper, Methods (probability threshold 0.5; duplicates removed, without a stated rule).
     """
     counts = cells.group_by("physical_id").agg(pl.len().cast(pl.Int16).alias("num_detections"))
     best = (
-        cells.filter(pl.col("probability") > threshold)
+        cells.filter(pl.col("probability") >= threshold)
         .sort(["probability", "cell_id"], descending=[True, False])
         .unique("physical_id", keep="first", maintain_order=True)
         .join(counts, on="physical_id", how="left", maintain_order="left")

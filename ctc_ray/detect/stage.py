@@ -113,7 +113,7 @@ def find_candidates(
     candidates = select_candidates(cells, config.threshold)
     counts = {
         "cells": cells.height,
-        "detections_above": cells.filter(pl.col("probability") > config.threshold).height,
+        "detections": cells.filter(pl.col("probability") >= config.threshold).height,
         "candidates": candidates.height,
     }
     files = {
@@ -165,7 +165,7 @@ def run_detect(
         progress: where progress goes.
 
     Returns:
-        Counts of cells, detections above the threshold and candidates over all patients of the run; units are patients.
+        Counts of cells, detections that reach the threshold and candidates over all patients of the run; units are patients.
 
     Raises:
         ConfigError: a named patient is not in the cohort, or no patient has the roles.
@@ -193,7 +193,7 @@ def run_detect(
                 task.advance(note=status.patient)
     refuse_many_failures(STAGE, failures, len(units), settings.max_failure_fraction)
     records = [cohort.require(folders[unit.patient], STAGE) for unit in units if unit.patient not in failures]
-    counts = {name: sum(r.counts[name] for r in records) for name in ("cells", "detections_above", "candidates")}
+    counts = {name: sum(r.counts[name] for r in records) for name in ("cells", "detections", "candidates")}
     return StageResult(
         stage=STAGE,
         units_computed=len(todo) - len(failures),

@@ -1,26 +1,46 @@
-"""A real fluorescence field with its instances and its score, as the report shows it."""
+"""A real fluorescence field with its instances, as the report shows it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+
+from ctc_ray.errors import SchemaError
+from ctc_ray.records import digest_of
 
 
 @dataclass(frozen=True)
 class RealField:
-    """One real image that went through segmentation."""
+    """One image with the instances that segmentation found, and how well they agree with a reference mask.
 
-    image: npt.NDArray[np.float32]
-    """(H, W) intensities as read."""
-    labels: npt.NDArray[np.int32]
-    """(H, W) instances found; 0 is background."""
+    Attributes:
+        image: (H, W) any real dtype, counts.
+        labels: (H, W) integer; 0 is background, n >= 1 is instance n.
+        average_precision_50: true positives over all true, found and missed instances at IoU 0.5; 0 to 1.
+        num_true: instances of the reference mask.
+        num_found: instances that the segmentation stage found.
+        source: where image and mask come from, in words.
+
+    Raises:
+        SchemaError: image and labels differ in shape, or are not two-dimensional.
+    """
+
+    image: npt.NDArray[Any]
+    labels: npt.NDArray[Any]
     average_precision_50: float
-    """AP at IoU 0.5: TP / (TP + FP + FN), as StarDist's `matching` gives it."""
     num_true: int
-    """Instances of the expert's mask."""
     num_found: int
-    """Cells that the segment stage wrote for this field."""
     source: str
-    """Where the image and its mask come from."""
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 2 or self.image.shape != self.labels.shape:
+            raise SchemaError(
+                f"a real field needs image and labels of one shape (H, W), not {self.image.shape} and {self.labels.shape}"
+            )
+
+    def digest(self) -> str:
+        """Digest of pixels, instances and scores."""
+        scores = [self.average_precision_50, self.num_true, self.num_found, self.source]
+        return digest_of([digest_of(self.image.tobytes()), digest_of(self.labels.tobytes()), *scores])

@@ -49,8 +49,8 @@ def test_select_candidates_equal_probabilities_takes_the_smaller_id() -> None:
     assert found["cell_id"].to_list() == ["c00"]
 
 
-def test_select_candidates_at_the_threshold_is_not_above_it() -> None:
-    assert select_candidates(_cells([0.5, 0.500001], [0, 1]), 0.5)["cell_id"].to_list() == ["c01"]
+def test_select_candidates_at_the_threshold_is_a_candidate() -> None:
+    assert select_candidates(_cells([0.5, 0.499999], [0, 1]), 0.5)["cell_id"].to_list() == ["c00"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -66,7 +66,7 @@ def test_select_candidates_any_cells_agrees_with_a_plain_loop(
     expected: dict[str, tuple[float, str]] = {}
     for row in cells.iter_rows(named=True):
         key = (-row["probability"], row["cell_id"])
-        if row["probability"] > float(np.float32(threshold)) and key < expected.get(row["physical_id"], (0.0, "~")):
+        if row["probability"] >= float(np.float32(threshold)) and key < expected.get(row["physical_id"], (0.0, "~")):
             expected[row["physical_id"]] = key
     found = select_candidates(cells.sample(fraction=1, shuffle=True, seed=seed), threshold)
     assert set(found["cell_id"]) == {name for _, name in expected.values()}

@@ -53,7 +53,7 @@ def test_find_candidates_faked_patient_fills_the_contract(
     record = read_record(place.store, patient_folder(place, "final", "Müller 3"))
     assert record is not None
     assert record.counts["candidates"] == frame.height
-    assert record.counts["detections_above"] >= frame.height
+    assert record.counts["detections"] >= frame.height
     assert detected_patients(place, "final") == FINAL
 
 

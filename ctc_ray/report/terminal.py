@@ -1,0 +1,97 @@
+"""The results of a run on one screen of a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ctc_ray.cohort import Cohort
+from ctc_ray.config import RunConfig
+from ctc_ray.labels.consensus import read_labels
+from ctc_ray.report import frames
+from ctc_ray.report.figures import cluster_name
+from ctc_ray.report.latent_points import latent_points
+from ctc_ray.report.markup import count, fraction
+
+
+def print_summary(cohort: Cohort, config: RunConfig, *, console: Console | None = None) -> None:
+    """Print headline numbers, F1 per cluster, what the labelling strategies gained, and the comparison with CellSearch.
+
+    Args:
+        cohort: whatever has been computed is shown; the rest is left out.
+        config: which classifier, map, simulation and detection run.
+        console: where to print; standard output by default.
+    """
+    target = console or Console(highlight=False)
+    patients = frames.patients_frame(cohort, config)
+    target.print(f"\n{count(patients['num_cells'].sum())} cells of {patients.height} patients", markup=False)
+    for table in (_clusters(cohort, config), _strategies(cohort, config), _cellsearch(cohort, config)):
+        if table is not None:
+            target.print()
+            target.print(table)
+
+
+def _new_table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if position == 0 else "right")
+    return table
+
+
+def _clusters(cohort: Cohort, config: RunConfig) -> Table | None:
+    _, sizes = latent_points(cohort, config, read_labels(cohort).select("cell_id", "label"))
+    frame = frames.cluster_frame(sizes, frames.metrics_frame(cohort, config))
+    if frame is None:
+        return None
+    table = _new_table("Test patients: F1 of the class CTC", "", "cells", "labelled", "F1", "F1 of raw pixels")
+    for row in frame.iter_rows(named=True):
+        numbers = (
+            count(row["num_cells"]),
+            count(row["num_labelled"]),
+            fraction(row["f1"]),
+            fraction(row["raw_pixels_f1"]),
+        )
+        table.add_row(cluster_name(row["cluster"]), *numbers)
+    return table
+
+
+def _strategies(cohort: Cohort, config: RunConfig) -> Table | None:
+    results = frames.read_output(cohort, cohort.simulation(config.hil.name), "results.parquet")
+    hil = frames.hil_frame(results)
+    if hil is None or hil.is_empty():
+        return None
+    total = hil.filter(hil["cluster"].is_null())
+    last = count(total["loop"].max())
+    table = _new_table(
+        f"Labelling: test F1 before and after {last} loops, mean of runs", "", "before", "after", "labels"
+    )
+    for (scenario, main_cluster, strategy), rows in total.group_by(
+        ["scenario", "main_cluster", "strategy"], maintain_order=True
+    ):
+        ordered = rows.sort("loop")
+        suffix = "" if main_cluster is None else f", main cluster {main_cluster!s}"
+        ends = (fraction(ordered["mean_f1"][0]), fraction(ordered["mean_f1"][-1]), count(ordered["num_train"][-1]))
+        table.add_row(f"{scenario!s}{suffix}: {strategy!s}", *ends)
+    return table
+
+
+def _cellsearch(cohort: Cohort, config: RunConfig) -> Table | None:
+    ppv = frames.read_output(cohort, cohort.detection(config.compare.name), "ppv.parquet")
+    if ppv is None:
+        return None
+    names = ("candidates", "CTCs", "PPV", "events", "CTCs", "PPV", "both", "only model", "only CellSearch")
+    table = _new_table("Candidates (left) and CellSearch (right)", "", *names)
+    for row in ppv.iter_rows(named=True):
+        table.add_row(
+            "all" if row["patient"] is None else row["patient"].replace("[", "\\["),
+            count(row["num_candidates"]),
+            count(row["num_model_ctc"]),
+            fraction(row["model_ppv"]),
+            count(row["num_events"]),
+            count(row["num_cellsearch_ctc"]),
+            fraction(row["cellsearch_ppv"]),
+            count(row["num_both"]),
+            count(row["num_model_only"]),
+            count(row["num_cellsearch_only"]),
+        )
+    return table
