@@ -12,8 +12,8 @@ from ctc_ray.errors import SchemaError
 
 BACKGROUND = -1
 """Cluster of the cells that HDBSCAN leaves as noise."""
-_SHARE_OF_SET = 100
-"""Both sizes of HDBSCAN are at most a hundredth of the clustered cells; the paper's 90 of 51,085 is below that."""
+_SHARE_OF_SET = 20
+"""Both sizes of HDBSCAN are at most a twentieth of the clustered cells; the paper's 90 of 51,085 is below that."""
 _MIN_SIZE = 5
 _MIN_CELLS = 10
 
@@ -87,7 +87,7 @@ class Clusters:
 
 
 def size_for(num_cells: int, wished: int) -> int:
-    """Size parameter that HDBSCAN uses on `num_cells`: at most a hundredth of them, at least 5 (or what is wished, if less)."""
+    """Size parameter that HDBSCAN uses on `num_cells`: at most a twentieth of them, at least 5 (or what is wished, if less)."""
     return max(2, min(wished, max(_MIN_SIZE, num_cells // _SHARE_OF_SET)))
 
 

@@ -1,0 +1,1 @@
+"""FAISS index over all embeddings of one encoder, and the search for look-alikes."""
