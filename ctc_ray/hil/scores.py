@@ -123,14 +123,20 @@ def monte_carlo(features: Floats, labels: Labels, num_splits: int, test_fraction
     num = len(labels)
     num_held_out = math.ceil(test_fraction * num)
     squared = pairwise_squared_distances(features)
+    kernel = np.empty(
+        (num - num_held_out, num)
+    )  # rows: kept cells; one buffer, since fresh pages cost more than the numbers
+    training = np.empty((num - num_held_out, num - num_held_out))
     rows, predictions = [], []
     for seed in monte_carlo_seeds(num_splits):
         order = np.random.RandomState(seed).permutation(num)  # the published splits come from this generator
         held_out, kept = order[:num_held_out], order[num_held_out:]
         gamma = gamma_scale(features[kept])
-        kernel = rbf_kernel(squared[:, kept], gamma)
-        decision = fit(kernel[kept], labels[kept], gamma)
-        values = decide(kernel[np.ix_(held_out, decision.support)], decision)
+        np.take(squared, kept, axis=0, out=kernel, mode="clip")
+        rbf_kernel(kernel, gamma, out=kernel)
+        np.take(kernel, kept, axis=1, out=training, mode="clip")
+        decision = fit(training, labels[kept], gamma)
+        values = decide(kernel[np.ix_(decision.support, held_out)].T, decision)
         rows.append(held_out)
         predictions.append((values > 0).astype(np.int8))
     return PooledPredictions(np.concatenate(rows), np.concatenate(predictions))

@@ -77,10 +77,11 @@ def gamma_scale(features: Floats) -> float:
     return 1.0 / (features.shape[1] * variance) if variance > 0 else 1.0
 
 
-def rbf_kernel(squared: Floats, gamma: float) -> Floats:
-    """Kernel values exp(-gamma d^2), in a new array of the same shape."""
-    kernel = squared * -gamma
-    return np.exp(kernel, out=kernel)
+def rbf_kernel(squared: Floats, gamma: float, out: Floats | None = None) -> Floats:
+    """Kernel values exp(-gamma d^2) of the same shape, in `out` (which may be `squared` itself) or in a new array."""
+    kernel: Floats = np.multiply(squared, -gamma, out=out)
+    np.exp(kernel, out=kernel)
+    return kernel
 
 
 def fit(kernel: Floats, labels: Labels, gamma: float) -> Decision:
