@@ -13,12 +13,12 @@ from scipy import ndimage
 from ctc_ray.phantom.kinds import CTC_KINDS
 from ctc_ray.phantom.objects import FloatArray
 
-CK_THRESHOLD = 350.0
+CK_THRESHOLD = 250.0
 """Counts of CK above which a pixel belongs to an event."""
-DAPI_THRESHOLD = 220.0
+DAPI_THRESHOLD = 300.0
 """Counts of DAPI that must occur within the CK signal for the event to be listed."""
-MINIMUM_AREA_PX = 25
-"""CK signal of a body of about 4 um, the smallest that the definition of a CTC allows."""
+MINIMUM_AREA_PX = 45
+"""CK signal of a blurred body of 4 um, the smallest that the definition of a CTC allows."""
 MARGIN_PX = 2
 """The box is this much larger than the CK signal on each side."""
 

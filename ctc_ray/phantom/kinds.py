@@ -70,7 +70,7 @@ class Profile:
     ck_objects_sd: float = 15.0
     kind_weights: Mapping[CellKind, float] = field(default_factory=dict)
     background_leukocytes: float = 320.0
-    ctc_spread: float = 0.35
+    ctc_spread: float = 0.25
 
     def weights(self, ctc_factor: float = 1.0) -> list[float]:
         """Probabilities in the order of `CK_KINDS`, with the CTC kinds multiplied by `ctc_factor` first."""
@@ -80,13 +80,13 @@ class Profile:
 
 
 _OTHERS = {
-    CellKind.LEUKOCYTE: 0.565,
+    CellKind.LEUKOCYTE: 0.575,
     CellKind.DENSE_DAPI_LEUKOCYTE: 0.09,
     CellKind.POINT_EVENT: 0.16,
     CellKind.DOUBLE: 0.09,
     CellKind.DEBRIS: 0.05,
-    CellKind.SHINE_THROUGH: 0.02,
-    CellKind.SMEAR: 0.025,
+    CellKind.SHINE_THROUGH: 0.015,
+    CellKind.SMEAR: 0.02,
 }
 
 

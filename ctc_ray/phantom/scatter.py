@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ctc_ray.phantom.kinds import KINDS, CellKind
-from ctc_ray.phantom.objects import FloatArray, Objects, concatenate
+from ctc_ray.phantom.objects import FloatArray, Objects
 from ctc_ray.phantom.patients import PatientFactors
 from ctc_ray.phantom.population import draw_objects
 
@@ -134,11 +134,6 @@ def scatter_apart(
             break
         at[crowded] = rng.uniform((0.0, 0.0), size, (int(crowded.sum()), 2))
     return cells.moved(at[:, 0].astype(np.float32), at[:, 1].astype(np.float32))
-
-
-def merge(*parts: Objects) -> Objects:
-    """All parts as one set of objects, in order."""
-    return concatenate(parts)
 
 
 def _codes(count: int) -> npt.NDArray[np.int8]:
