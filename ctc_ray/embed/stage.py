@@ -27,7 +27,8 @@ from ctc_ray.pretrain.encoder import (
     decode_spec,
     read_folder,
 )
-from ctc_ray.pretrain.precision import default_device, resolve_precision
+from ctc_ray.pretrain.measure import worker_precision
+from ctc_ray.pretrain.precision import default_device
 from ctc_ray.progress import Progress
 from ctc_ray.records import (
     FailureRow,
@@ -186,14 +187,9 @@ def _recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
 
 def _fix_precision(section: EmbedConfig, cohort: Cohort) -> str:
     """Resolve `auto` on a worker of the kind that embeds, and record it for every later run and machine."""
-    resolve = ray.remote(num_cpus=1, num_gpus=1 if section.use_gpu else 0)(_resolve_here)
-    precision: str = ray.get(resolve.remote(section.use_gpu))
+    precision = worker_precision("auto", use_gpu=section.use_gpu)
     cohort.store.write_json(_precision_path(cohort, section.encoder), {"precision": precision})
     return precision
-
-
-def _resolve_here(use_gpu: bool) -> str:
-    return resolve_precision("auto", default_device(use_gpu))
 
 
 def _identity(
@@ -248,7 +244,10 @@ class _EmbedActor:
 
 def _status_rows(section: EmbedConfig, cohort: Cohort, units: list[Unit], precision: str) -> Any:
     """Stream the units through the actors; yields one status row a unit as it is done."""
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(section.num_actors, len(units)))
+    largest = min(section.num_actors, len(units))
+    # One processor stays free for the rest of the plan: a pool that waits for the last one waits for ever.
+    free = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)  # type: ignore[no-untyped-call]  # Ray has none there
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(largest, free))
     dataset = ray.data.from_items(
         [unit.to_row() for unit in units], override_num_blocks=min(len(units), 1000)
     ).map_batches(

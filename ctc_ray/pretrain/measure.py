@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,15 @@ from ctc_ray.schema import unpack_pixels
 from ctc_ray.storage import Store
 
 
-def worker_precision(section: PretrainConfig) -> Resolved:
-    """The configured precision, or what `auto` means on a worker of the kind that trains."""
-    if section.precision != "auto":
-        return section.precision
-    resolve = ray.remote(num_cpus=1, num_gpus=1 if section.use_gpu else 0)(_resolve_here)
-    precision: Resolved = ray.get(resolve.remote(section.use_gpu))
-    return precision
+def worker_precision(precision: Literal["auto", "fp32", "bf16"], *, use_gpu: bool) -> Resolved:
+    """The configured precision, or what `auto` means on a worker of the kind that computes."""
+    if precision != "auto":
+        return precision
+    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]  # Ray has no annotations there
+        return _resolve_here(use_gpu)
+    resolve = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_resolve_here)
+    resolved: Resolved = ray.get(resolve.remote(use_gpu))
+    return resolved
 
 
 def _resolve_here(use_gpu: bool) -> Resolved:

@@ -240,7 +240,7 @@ def _plan(
         rule=rule.to_json(),
         channels=len(counts),
         full_scale=stored_full_scale(dtype, section.full_scale),
-        precision=worker_precision(section),
+        precision=worker_precision(section.precision, use_gpu=section.use_gpu),
     )
     cohort.store.write_json(path, plan_to_json(plan))
     return plan
