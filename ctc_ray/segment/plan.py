@@ -13,8 +13,6 @@ from ctc_ray.records import FailureRow, Record, State, digest_of, identity_of, r
 from ctc_ray.schema import Channel
 from ctc_ray.segment.cartridge import Cartridge, FieldFile, find_cartridge, find_patients
 from ctc_ray.segment.field_image import check_channel_map
-from ctc_ray.segment.model import resolve_precision
-from ctc_ray.segment.weights import load_weights
 from ctc_ray.storage import Store
 
 STAGE = "segment"
@@ -110,6 +108,8 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
         WeightsError: the weights cannot be read.
         ConfigError: the channel map or the percentiles are not usable.
     """
+    from ctc_ray.segment.weights import load_weights  # torch, which only the driver needs here
+
     weights = load_weights(config.weights)
     low, high = config.normalize_percentiles
     if not 0 <= low < high <= 100:
@@ -144,6 +144,8 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
 
 def recorded_precision(cohort: Cohort, asked: str) -> str | None:
     """The precision that `auto` means in this cohort, None where it is not decided yet; other values are themselves."""
+    from ctc_ray.segment.model import resolve_precision  # torch, which only the driver needs here
+
     if asked != "auto":
         return resolve_precision(asked)
     if not cohort.store.exists(COHORT_PATH):

@@ -18,10 +18,11 @@ from ctc_ray.config import RunConfig, SegmentConfig
 from ctc_ray.errors import CtcRayError, ResourceError, TooManyFailuresError
 from ctc_ray.progress import Progress, Task
 from ctc_ray.records import FailureRow, PlanRow, StageResult, State, WorkerTally, read_record, write_failures
+from ctc_ray.segment.cells_step import CellCutter
 from ctc_ray.segment.field_image import pixel_type
-from ctc_ray.segment.field_tasks import TASK_SCHEMA, CandidateFinder, CellCutter, FieldTask, read_fields
 from ctc_ray.segment.finish import finish_patient
 from ctc_ray.segment.model import resolve_precision
+from ctc_ray.segment.network_step import CandidateFinder
 from ctc_ray.segment.plan import (
     STAGE,
     PatientPlan,
@@ -32,6 +33,7 @@ from ctc_ray.segment.plan import (
     refuse_stale,
     resolve_settings,
 )
+from ctc_ray.segment.read_step import TASK_SCHEMA, FieldTask, read_fields
 from ctc_ray.storage import Store
 
 MAX_BLOCKS = 4000

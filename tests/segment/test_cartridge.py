@@ -133,8 +133,12 @@ OUTSIDE = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/pass
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [(BOMB, "refused"), (OUTSIDE, "refused"), ("<archive>", "well-formed"), ("<html/>", "html"), ("", "well-formed")]
-    + [
+    [
+        (BOMB, "refused"),
+        (OUTSIDE, "refused"),
+        ("<archive>", "well-formed"),
+        ("<html/>", "html"),
+        ("", "well-formed"),
         (XML.replace("<numcols>3", "<numcols>three"), "four integers"),
         (XML.replace("<numrows>2", "<numrows>-2"), "grid"),
     ],

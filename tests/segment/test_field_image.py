@@ -123,8 +123,12 @@ def test_small_image_is_refused_because_crops_do_not_fit(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "channel_map",
-    [{"DAPI": 0, "CK": 2}, {"DAPI": 0, "CK": None, "CD45": 3}, {"DAPI": 0, "CK": -1, "CD45": 3}]
-    + [{"DAPI": 0, "CK": 2, "CD45": 3, "FITC": 1}],
+    [
+        {"DAPI": 0, "CK": 2},
+        {"DAPI": 0, "CK": None, "CD45": 3},
+        {"DAPI": 0, "CK": -1, "CD45": 3},
+        {"DAPI": 0, "CK": 2, "CD45": 3, "FITC": 1},
+    ],
 )
 def test_channel_map_that_cannot_be_used_is_refused(channel_map: dict[str, int | None]) -> None:
     with pytest.raises(ConfigError, match="channel_map"):

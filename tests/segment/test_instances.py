@@ -43,12 +43,12 @@ def test_padding_adds_reflected_pixels_at_the_end_only(height: int, width: int) 
 
 
 def loop_over_candidates(prob: np.ndarray, shape: tuple[int, int], grid: int, cut: float) -> list[tuple[int, int]]:
-    points = []
-    for row in range(2, prob.shape[0] - 2):
-        for column in range(2, prob.shape[1] - 2):
-            if prob[row, column] > cut and row * grid < shape[0] and column * grid < shape[1]:
-                points.append((row * grid, column * grid))
-    return points
+    return [
+        (row * grid, column * grid)
+        for row in range(2, prob.shape[0] - 2)
+        for column in range(2, prob.shape[1] - 2)
+        if prob[row, column] > cut and row * grid < shape[0] and column * grid < shape[1]
+    ]
 
 
 def test_candidates_equal_a_loop_over_positions() -> None:

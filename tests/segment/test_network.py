@@ -34,8 +34,15 @@ def test_config_written_and_read_is_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("n_dim", 3), ("backbone", "resnet"), ("n_classes", 2), ("unet_batch_norm", True), ("unet_activation", "gelu")]
-    + [("grid", [3, 3]), ("unet_kernel_size", [4, 4])],
+    [
+        ("n_dim", 3),
+        ("backbone", "resnet"),
+        ("n_classes", 2),
+        ("unet_batch_norm", True),
+        ("unet_activation", "gelu"),
+        ("grid", [3, 3]),
+        ("unet_kernel_size", [4, 4]),
+    ],
 )
 def test_config_of_another_kind_of_network_is_refused(key: str, value: object) -> None:
     with pytest.raises(WeightsError, match=key.removeprefix("unet_")):
