@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ctc_ray.errors import ConfigError
 
@@ -327,7 +327,7 @@ class HilConfig(Section):
     """Strategies to compare."""
     main_clusters: tuple[int, ...] = ()
     """Main clusters of `limited-local`; empty: every cluster of the training set but the background."""
-    seeds: str | Count = "paper"
+    seeds: Literal["paper"] | Count = "paper"
     """`paper` (164, 29, 7, 190, 71), or a number of seeds: 0, 1, 2, ..."""
     mode: Literal["faithful", "corrected"] = "corrected"
     """`faithful` repeats the faults of the reference."""
@@ -344,11 +344,14 @@ class HilConfig(Section):
     max_concurrent: Count = operational(2)
     """Trials at a time, one processor each; raise it on a cluster."""
 
-    @model_validator(mode="after")
-    def _known_seeds(self) -> HilConfig:
-        if isinstance(self.seeds, str) and self.seeds != "paper" and not (self.seeds.isdigit() and int(self.seeds) > 0):
-            raise ValueError(f"seeds is {self.seeds!r}: write `paper`, or a number of seeds above zero")
-        return self
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _known_seeds(cls, seeds: Any) -> Any:
+        if isinstance(seeds, str) and seeds.isdigit():
+            return int(seeds)
+        if isinstance(seeds, str) and seeds != "paper":
+            raise ValueError("write `paper`, or a number of seeds above zero")
+        return seeds
 
 
 class DetectConfig(Section):

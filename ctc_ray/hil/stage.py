@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
@@ -14,6 +15,7 @@ from ctc_ray.config import HilConfig, RunConfig
 from ctc_ray.errors import ConfigError, SchemaError
 from ctc_ray.hil.cohort_pools import read_inputs, read_problem
 from ctc_ray.hil.loop import Trial
+from ctc_ray.hil.parts import FOLDER, Parts
 from ctc_ray.hil.pools import BACKGROUND, Problem
 from ctc_ray.hil.release import ARRAYS, TABLES, read_release
 from ctc_ray.hil.scenarios import PAPER_SEEDS, LoopSettings, scenario_named
@@ -36,6 +38,7 @@ from ctc_ray.storage import Store
 
 STAGE = "simulate"
 RESULTS = "results.parquet"
+CHECKS = "release_checks.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class _Source:
     folder: str
     inputs: dict[str, str]
     read: Callable[[], Problem]
+    release: Store | None = None
 
 
 def run_simulate(
@@ -68,7 +72,8 @@ def run_simulate(
         progress: where progress goes.
 
     Returns:
-        Trials computed and reused, and the path of `results.parquet` (columns of `RESULTS_SCHEMA`).
+        Trials computed and reused, and the path of `results.parquet` (columns of `RESULTS_SCHEMA`). Beside the results of a
+        release lies `release_checks.json`, the fields of `ReleaseChecks`.
 
     Raises:
         ConfigError: an unknown scenario or strategy, or numbers that do not fit the labelled cells.
@@ -85,7 +90,7 @@ def run_simulate(
     if require_fresh(source.store, source.folder, identity, force=force) is State.COMPLETE and former and not force:
         num_trials = former.counts.get("trials", 0)
         return _result(source, former.counts, computed=0, reused=num_trials, seconds=time.monotonic() - started)
-    from ctc_ray.hil.sweep import PARTS, Parts, run_sweep  # Tune takes seconds to import
+    from ctc_ray.hil.sweep import run_sweep  # Tune takes seconds to import
 
     problem = source.read()
     trials = plan_trials(settings, problem)
@@ -112,8 +117,8 @@ def run_simulate(
         units_reused=done.reused,
         workers=done.workers,
     )
-    publish(source.store, source.folder, {RESULTS: table}, record)
-    source.store.delete_folder(f"{source.folder}/{PARTS}")
+    publish(source.store, source.folder, {RESULTS: table, **_checks(source)}, record)
+    source.store.delete_folder(f"{source.folder}/{FOLDER}")
     return _result(source, counts, computed=done.computed, reused=done.reused, seconds=time.monotonic() - started)
 
 
@@ -125,7 +130,7 @@ def plan_simulate(
     source = _source(settings, cohort, release, out)
     _check_names(settings)
     state = state_of(source.store, source.folder, identity_of(STAGE, settings.identity(), source.inputs))
-    num_parts = len(source.store.list_files(f"{source.folder}/_parts", ".parquet"))
+    num_parts = len(source.store.list_files(f"{source.folder}/{FOLDER}", ".parquet"))
     why = {
         State.COMPLETE: "results are there and fit settings and inputs",
         State.STALE: "results are there, made with other settings or inputs: --force replaces them",
@@ -182,7 +187,7 @@ def _source(config: HilConfig, cohort: Cohort | None, release: str | None, out: 
         store, folder = _parent_and_name(out)
         found = Store(release)
         inputs = {name: digest_of(found.read_bytes(name)) for name in (*TABLES, *ARRAYS) if found.exists(name)}
-        return _Source(store, folder, inputs, lambda: read_release(found).problem())
+        return _Source(store, folder, inputs, lambda: read_release(found).problem(), found)
     if cohort is None:
         raise ConfigError("give a cohort, or a release with --release DIR --out OUT")
     labelled = read_inputs(cohort, config)
@@ -196,6 +201,15 @@ def _parent_and_name(out: str) -> tuple[Store, str]:
     if not name or name in (".", "..") or parent.endswith(":/"):
         raise ConfigError(f"--out {out!r} must name a folder for the results, not a root")
     return Store(parent or ("/" if out.startswith("/") else ".")), name
+
+
+def _checks(source: _Source) -> dict[str, bytes]:
+    """Figures about the release itself, for a file beside its results."""
+    if source.release is None:
+        return {}
+    from ctc_ray.hil.release_checks import check_release
+
+    return {CHECKS: json.dumps(asdict(check_release(read_release(source.release))), indent=1).encode() + b"\n"}
 
 
 def _gather(store: Store, paths: list[str]) -> pa.Table:

@@ -1,7 +1,6 @@
 """Many trials on Ray Tune: arrays through the object store, each trial writes its own rows, a killed sweep goes on.
 
-A trial's part `_parts/<trial>-<digest>.parquet` is written whole or not at all, and the digest covers everything that its rows
-follow from. Tune may therefore run a trial twice and a new sweep may find parts of an old one: both are harmless.
+Tune may run a trial twice, and a new sweep may find parts of a killed one: both are harmless (see `ctc_ray.hil.parts`).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,14 +19,11 @@ from ray import tune
 from ctc_ray import errors
 from ctc_ray.cluster import worker_identity
 from ctc_ray.hil.loop import Trial, run_trial
+from ctc_ray.hil.parts import Parts
 from ctc_ray.hil.pools import Problem
-from ctc_ray.hil.scenarios import LoopSettings
 from ctc_ray.progress import Progress, Task
-from ctc_ray.records import WorkerTally, digest_of
+from ctc_ray.records import WorkerTally
 from ctc_ray.schema import RESULTS_SCHEMA
-from ctc_ray.storage import Store
-
-PARTS = "_parts"
 
 
 @dataclass(frozen=True)
@@ -43,37 +39,6 @@ class SweepResult:
     computed: int
     reused: int
     workers: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where the trials of one sweep put their rows.
-
-    Attributes:
-        store: the store of the simulation.
-        folder: folder of the simulation.
-        settings: numbers of the experiment.
-        inputs: name -> identity or digest of what the problem was made of.
-    """
-
-    store: Store
-    folder: str
-    settings: LoopSettings
-    inputs: Mapping[str, str]
-
-    def name(self, trial: Trial) -> str:
-        """File name of a trial's part, readable and unique to trial, settings and inputs."""
-        made_of = {"trial": asdict(trial), "settings": asdict(self.settings), "inputs": dict(self.inputs)}
-        main = "" if trial.main_cluster is None else f"-main{trial.main_cluster}"
-        return f"{trial.scenario}-{trial.strategy}{main}-seed{trial.seed}-{digest_of(made_of)}.parquet"
-
-    def path(self, trial: Trial) -> str:
-        """Path of a trial's part."""
-        return f"{self.folder}/{PARTS}/{self.name(trial)}"
-
-    def finished(self) -> set[str]:
-        """Names of the parts that are there."""
-        return {path.rsplit("/", 1)[-1] for path in self.store.list_files(f"{self.folder}/{PARTS}", ".parquet")}
 
 
 def run_sweep(

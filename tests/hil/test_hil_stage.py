@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from ctc_ray.config import RunConfig, load_config
 from ctc_ray.errors import ConfigError, LabelError, MissingInputError, StaleOutputError
 from ctc_ray.hil.cohort_pools import read_inputs, read_problem
 from ctc_ray.hil.loop import run_trial
+from ctc_ray.hil.parts import Parts
 from ctc_ray.hil.pools import Problem
 from ctc_ray.hil.stage import loop_settings, plan_simulate, plan_trials, run_simulate, seeds_of
 from ctc_ray.progress import Progress
@@ -139,8 +141,10 @@ def test_plan_trials_limited_local_has_every_main_cluster_but_the_background(mak
 def test_seeds_of_paper_or_a_number() -> None:
     assert seeds_of(load_config(None, []).hil) == (164, 29, 7, 190, 71)
     assert seeds_of(load_config(None, ["hil.seeds='3'"]).hil) == (0, 1, 2)
-    with pytest.raises(ConfigError, match="seeds"):
-        load_config(None, ["hil.seeds=papper"])
+    assert load_config(None, ["hil.seeds='3'"]).hil.identity() == load_config(None, ["hil.seeds=3"]).hil.identity()
+    for wrong in ("papper", "0"):
+        with pytest.raises(ConfigError, match="seeds"):
+            load_config(None, [f"hil.seeds={wrong}"])
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_run_simulate_cohort_writes_the_rows_of_the_plain_loop_and_then_reuses_t
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_run_simulate_interrupted_sweep_runs_only_what_is_missing(tmp_path: Path, problem: Problem) -> None:
-    from ctc_ray.hil.sweep import Parts, run_sweep
+    from ctc_ray.hil.sweep import run_sweep
 
     cohort = _write_cohort(tmp_path / "cohort", problem)
     config = _config()
@@ -258,6 +262,9 @@ def test_run_simulate_killed_release_sweep_goes_on_and_equals_an_uninterrupted_o
     run_simulate(config, None, release=release, out=str(tmp_path / "whole"))
     killed, whole = (pq.read_table(tmp_path / name / "results.parquet") for name in ("killed", "whole"))
     assert killed.equals(whole)
+    checks = json.loads((tmp_path / "whole" / "release_checks.json").read_text())
+    assert checks["adjusted_rand"] > 0.95
+    assert checks["num_clusters_found"] == checks["num_clusters_stored"] == 6
 
 
 def test_loop_settings_carries_every_number_of_the_config() -> None:
