@@ -27,6 +27,8 @@ POINTS_FRAME: dict[str, Any] = {
 _GRID = 160
 _MASS_INSIDE = 0.9
 _LABELLED_SHARE = 0.5
+_LEAST_PART = 0.1
+"""Pieces of a contour smaller than this share of the largest are strays, and are not drawn."""
 
 
 def sample_fraction(cell_ids: pl.Expr) -> pl.Expr:
@@ -140,5 +142,13 @@ def _contours(unit: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
     density = ndimage.gaussian_filter(counts, sigma=_GRID / 60)
     ordered = np.sort(density.ravel())[::-1]
     level = ordered[np.searchsorted(np.cumsum(ordered), _MASS_INSIDE * ordered.sum())]
-    lines = [line for line in measure.find_contours(density, level) if len(line) > 12]  # type: ignore[no-untyped-call]
-    return [((line + 0.5) / _GRID) * (1 + 2 * margin) - margin for line in lines]
+    lines = measure.find_contours(density, level)  # type: ignore[no-untyped-call]
+    areas = [abs(_signed_area(line)) for line in lines]
+    large = [line for line, area in zip(lines, areas, strict=True) if area >= _LEAST_PART * max(areas)]
+    return [((line + 0.5) / _GRID) * (1 + 2 * margin) - margin for line in large]
+
+
+def _signed_area(line: npt.NDArray[np.float64]) -> float:
+    """Area inside a closed line (N, 2); the sign tells its direction."""
+    row, col = line[:, 0], line[:, 1]
+    return 0.5 * float(np.dot(row, np.roll(col, 1)) - np.dot(col, np.roll(row, 1)))

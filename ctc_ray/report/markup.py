@@ -10,6 +10,8 @@ from typing import Any
 import polars as pl
 
 Formatter = Callable[[Any], str]
+STRIP_WIDTH_PX, STRIP_HEIGHT_PX = 201, 48
+"""Size of a cell's picture: four panels of 48 px and three gaps; the page may scale it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class Column:
 def count(value: Any) -> str:
     """Whole number with thousands separated; a dash where unknown."""
     return "–" if value is None else f"{int(value):,}"
+
+
+def plural(number: Any, word: str) -> str:
+    """`1 patient`, `2 patients`."""
+    return f"{count(number)} {word}" if number == 1 else f"{count(number)} {word}s"
+
+
+def moment(value: str | None) -> str:
+    """An ISO time to the minute; a dash where there is none."""
+    return "–" if value is None else value[:16].replace("T", " ")
 
 
 def fraction(value: float | None) -> str:
@@ -89,11 +101,12 @@ def note(text: str) -> str:
 
 def cell_figure(picture: str, alt: str, lines: Sequence[str], *, tags: Sequence[str] = ()) -> str:
     """One cell of a gallery: picture (a `data:` URI), alternative text, lines of caption, short tags."""
-    marks = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags)
+    marks = "".join(f"<li>{escape(tag)}</li>" for tag in tags)
+    listed = f'<ul class="tags">{marks}</ul>' if marks else ""
     text = "<br>".join(escape(line) for line in lines)
     return (
-        f'<figure class="cell"><img src="{picture}" alt="{escape(alt)}" loading="lazy">'
-        f"<figcaption>{text}{marks}</figcaption></figure>"
+        f'<figure class="cell"><img src="{picture}" alt="{escape(alt)}" width="{STRIP_WIDTH_PX}" height="{STRIP_HEIGHT_PX}">'
+        f"<figcaption>{text}{listed}</figcaption></figure>"
     )
 
 

@@ -38,8 +38,8 @@ def methods(data: ReportData) -> Section:
     sentences = [
         f"StarDist ({config.segment.weights or 'default weights'}, precision {config.segment.precision}) finds cells on the CK page; "
         f"each is cut out as 48 x 48 pixels in DAPI, CK and CD45 at {config.segment.pixel_size_um:g} µm a pixel.",
-        f"The encoder {config.map.encoder} ({config.pretrain.architecture}, trained by DINO without labels for "
-        f"{config.pretrain.steps:,} steps) turns every crop into a vector.",
+        f"The encoder {config.map.encoder} ({config.pretrain.architecture}, trained by DINO without labels, preset "
+        f"{config.pretrain.preset}) turns every crop into a vector.",
         f"PCA keeps {config.map.pca_dim} components; UMAP ({config.map.umap_neighbors} neighbours, minimum distance "
         f"{config.map.umap_min_dist:g}, seed {config.map.umap_seed}) and HDBSCAN (smallest cluster {config.map.hdbscan_min_cluster_size}, "
         f"{config.map.hdbscan_min_samples} samples, {config.map.hdbscan_selection}) give the map and its clusters.",

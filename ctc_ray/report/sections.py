@@ -10,7 +10,7 @@ import polars as pl
 
 from ctc_ray.report.data import ReportData
 from ctc_ray.report.figures import cluster_name, f1_panel
-from ctc_ray.report.markup import Column, Section, card, count, fraction, missing, note, table, words
+from ctc_ray.report.markup import Column, Section, card, count, fraction, missing, moment, note, plural, table, words
 from ctc_ray.schema import ROLES
 
 _STRATEGY_ORDER = ("cluster-f1", "random")
@@ -28,7 +28,7 @@ def _cells_card(data: ReportData) -> str:
     shown = [f"{number} {role}" for role, number in roles.items() if number]
     without = data.patients["role"].null_count()
     shown += [f"{without} without a role"] if without else []
-    patients = f"{data.patients.height} patients: {', '.join(shown)}" if shown else "no patients"
+    patients = f"{plural(data.patients.height, 'patient')}: {', '.join(shown)}" if shown else "no patients"
     return card(count(data.patients["num_cells"].sum()), "Cells", patients)
 
 
@@ -37,7 +37,8 @@ def _f1_cards(data: ReportData) -> list[str]:
         return []
     total = data.clusters.filter(pl.col("cluster").is_null()).row(0, named=True)
     num_test = data.patients.filter(pl.col("role") == "test").height
-    measured = f"CTC against the rest, {count(total['num_labelled'])} labelled cells of {num_test} test patients"
+    cells = plural(total["num_labelled"], "labelled cell")
+    measured = f"CTC against the rest, {cells} of {plural(num_test, 'test patient')}"
     cards = [card(fraction(total["f1"]), "F1", measured)]
     scored = data.clusters.filter((pl.col("cluster") >= 0) & pl.col("f1").is_not_null()).sort("f1")
     if scored.height:
@@ -51,7 +52,7 @@ def _candidate_cards(data: ReportData) -> list[str]:
     if data.candidates is None:
         return []
     searched = data.patients.filter(pl.col("num_candidates").is_not_null())
-    detail = f"of {count(searched['num_cells'].sum())} cells of {searched.height} patients"
+    detail = f"of {count(searched['num_cells'].sum())} cells of {plural(searched.height, 'patient')}"
     cards = [card(count(data.candidates.height), "Candidates to review", detail)]
     if data.ppv is not None and data.ppv.height:
         total = data.ppv.row(-1, named=True)
@@ -72,7 +73,7 @@ def flow(data: ReportData) -> Section:
         Column("seconds", "Seconds", lambda value: f"{value:,.1f}"),
         Column("workers", "Worker processes", count),
         Column("set_aside", "Set aside", count),
-        Column("finished_at", "Finished", words, is_number=False),
+        Column("finished_at", "Finished (UTC)", moment, is_number=False),
     ]
     caption = "Stages in order. Seconds add up the units, which run side by side."
     html = table(data.flow, columns, caption) + _failures(data)
@@ -224,7 +225,7 @@ def table2(data: ReportData) -> Section:
         Column("num_both", "Found by both", count),
         Column("num_model_only", "Only the model", count),
         Column("num_cellsearch_only", "Only CellSearch", count),
-        Column("num_cellsearch_ctc_segmented", "CellSearch CTCs segmented", count),
+        Column("num_cellsearch_ctc_segmented", "CellSearch CTCs with a cell", count),
     ]
     total = data.ppv.row(-1, named=True)
     html = table(
@@ -236,7 +237,7 @@ def table2(data: ReportData) -> Section:
     if total["num_candidates"]:
         html += note(
             f"The expert looks at {count(total['num_candidates'])} candidates instead of {count(total['num_events'])} events "
-            f"({total['num_events'] / total['num_candidates']:.1f} times as many). {_judgement(data)}"
+            f"(a factor of {total['num_events'] / total['num_candidates']:.1f}). {_judgement(data)}"
         )
     return Section("cellsearch", title, html + _sensitivity(data))
 

@@ -63,7 +63,7 @@ def _strategies(cohort: Cohort, config: RunConfig) -> Table | None:
     total = hil.filter(hil["cluster"].is_null())
     last = count(total["loop"].max())
     table = _new_table(
-        f"Labelling: test F1 before and after {last} loops, mean of runs", "", "before", "after", "labels"
+        f"Labelling: test F1 before and after {last} loops (mean of runs)", "", "before", "after", "labels"
     )
     for (scenario, main_cluster, strategy), rows in total.group_by(
         ["scenario", "main_cluster", "strategy"], maintain_order=True
@@ -79,8 +79,9 @@ def _cellsearch(cohort: Cohort, config: RunConfig) -> Table | None:
     ppv = frames.read_output(cohort, cohort.detection(config.compare.name), "ppv.parquet")
     if ppv is None:
         return None
-    names = ("candidates", "CTCs", "PPV", "events", "CTCs", "PPV", "both", "only model", "only CellSearch")
-    table = _new_table("Candidates (left) and CellSearch (right)", "", *names)
+    names = ("cand.", "CTCs", "PPV", "events", "CTCs", "PPV", "both", "model", "CS")
+    title = "Candidates, CellSearch's events; CTCs found by both, by the model only, by CellSearch (CS) only"
+    table = _new_table(title, "", *names)
     for row in ppv.iter_rows(named=True):
         table.add_row(
             "all" if row["patient"] is None else row["patient"].replace("[", "\\["),

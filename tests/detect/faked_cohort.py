@@ -103,7 +103,7 @@ def _write_vectors(cohort: Cohort, name: str, ids: list[str], is_ctc: Any, rng: 
     """Embeddings whose first value separates CTCs from others, not quite; clusters by their second value."""
     n = len(ids)
     vectors = rng.normal(0, 1, (n, WIDTH)).astype(np.float32)
-    vectors[:, 0] += np.where(is_ctc, 2.0, -2.0)
+    vectors[:, 0] += np.where(is_ctc, 1.3, -1.3)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)
     table = pa.table({"cell_id": ids, "patient": [name] * n, "embedding": flat}).cast(embeddings_schema(WIDTH))
     order = rng.permutation(n)  # no reader may rely on row order
