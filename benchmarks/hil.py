@@ -13,9 +13,9 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -81,17 +81,6 @@ def plain_monte_carlo(features: Floats, labels: Labels, num_splits: int) -> Pool
     return PooledPredictions(np.concatenate(rows), np.concatenate(predictions))
 
 
-@contextmanager
-def plain_fits() -> Iterator[None]:
-    """Let the loop fit plain SVCs."""
-    kept = loop.Classifier, loop.monte_carlo
-    loop.Classifier, loop.monte_carlo = PlainClassifier, plain_monte_carlo  # type: ignore[assignment,misc]
-    try:
-        yield
-    finally:
-        loop.Classifier, loop.monte_carlo = kept  # type: ignore[misc]
-
-
 def timed(work: Callable[[], pl.DataFrame]) -> tuple[pl.DataFrame, float, float]:
     """Result, wall seconds and processor seconds (of this process)."""
     wall, processor = time.perf_counter(), time.process_time()
@@ -124,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     problem = read_release(Store(arguments.release)).problem() if arguments.release else mixture()
     seconds: dict[str, dict[str, float]] = {}
-    with plain_fits():
+    with mock.patch.multiple(loop, Classifier=PlainClassifier, monte_carlo=plain_monte_carlo):
         plain, wall, processor = timed(lambda: in_one_process(problem))
     seconds["plain"] = {"wall_s": wall, "processor_s": processor}
     kernel, wall, processor = timed(lambda: in_one_process(problem))

@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ctc_ray.errors import ConfigError
 from ctc_ray.hil.pools import Ints, Labels
+from ctc_ray.labels.consensus import CLASS_OF_LABEL
+from ctc_ray.labels.labeller import Labeller as CellLabeller
+
+NO_CLASS = -1
+"""Answer for a cell that the expert is unsure of: it leaves the pool and is not learnt from."""
 
 
 class Labeller(Protocol):
@@ -20,7 +26,7 @@ class Labeller(Protocol):
             positions: (K,) positions in the training set, in the order in which they are shown.
 
         Returns:
-            (K,) int8, 1 CTC, 0 not, in the same order.
+            (K,) int8, 1 CTC, 0 not, -1 (`NO_CLASS`) where the expert cannot tell, in the same order.
         """
         ...
 
@@ -48,3 +54,21 @@ class SimulatedLabeller:
     def answer(self, positions: Ints) -> Labels:
         """Label cells; see `Labeller.answer`."""
         return self._answers[positions]
+
+
+class ByCellId:
+    """Asks a labeller of the cohort, who knows cells by id and answers with label names.
+
+    Args:
+        labeller: anyone with `label(cell_ids)`, for example the simulated expert of `ctc_ray.labels`.
+        cell_ids: (N,) ids of the training set.
+    """
+
+    def __init__(self, labeller: CellLabeller, cell_ids: npt.NDArray[np.str_]) -> None:
+        self._labeller = labeller
+        self._cell_ids = cell_ids
+
+    def answer(self, positions: Ints) -> Labels:
+        """Label cells; `unsure` has no class. See `Labeller.answer`."""
+        names = self._labeller.label([str(name) for name in self._cell_ids[positions]])
+        return np.array([CLASS_OF_LABEL.get(name, NO_CLASS) for name in names], dtype=np.int8)

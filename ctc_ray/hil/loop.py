@@ -62,7 +62,9 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
     start = scenario_named(trial.scenario)(problem, trial.strategy, trial.seed, trial.main_cluster, settings)
     expert = labeller or SimulatedLabeller(problem.train.labels, settings.flip_rate, trial.seed)
     answers = expert.answer(start.labelled)
-    state = LoopState(problem.train.features, start.clusters, start.labelled, answers, start.pool, trial.seed)
+    known = answers >= 0
+    labelled = start.labelled[known]
+    state = LoopState(problem.train.features, start.clusters, labelled, answers[known], start.pool, trial.seed)
     choose = _chooser(start.within_pool, settings)
     rows: list[Row] = []
     for loop in range(settings.loops + 1):

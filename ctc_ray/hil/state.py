@@ -69,7 +69,7 @@ class LoopState:
 
         Args:
             chosen: (K,) positions, all in the pool.
-            answers: (K,) what the labeller said.
+            answers: (K,) what the labeller said; a cell without a class (below zero) leaves the pool and is not learnt from.
             repeats: whether a cell may be chosen twice (the reference's fault 2; faithful mode alone).
 
         Raises:
@@ -80,10 +80,11 @@ class LoopState:
             raise RoleLeakError(f"loop {self.loop}: the strategy chose position {stray[0]}, which is not in the pool")
         if not repeats and len(np.unique(chosen)) != len(chosen):
             raise RoleLeakError(f"loop {self.loop}: the strategy chose a cell twice")
+        known = answers >= 0
         return dataclasses.replace(
             self,
-            labelled=np.concatenate([self.labelled, chosen]),
-            answers=np.concatenate([self.answers, answers]).astype(np.int8),
+            labelled=np.concatenate([self.labelled, chosen[known]]),
+            answers=np.concatenate([self.answers, answers[known]]).astype(np.int8),
             pool=self.pool[~np.isin(self.pool, chosen)],
             loop=self.loop + 1,
             count=0,
