@@ -207,15 +207,22 @@ def submit(
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Dig out of Ray's wrappers the error that a worker raised."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException) or (
-            isinstance(error, CtcRayError) and type(error).__module__.startswith("ctc_ray")
-        ):
-            break
+    """Dig out of Ray's wrappers the error that a worker raised: the first of our own, else the innermost `cause`."""
+    chain: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        found = waiting.pop(0)
+        if found in chain:
+            continue
+        chain.append(found)
+        # Ray keeps a worker's error as `cause`; Python keeps what was handled as `__cause__`.
+        waiting += [
+            inner for inner in (getattr(found, "cause", None), found.__cause__) if isinstance(inner, BaseException)
+        ]
+    for found in chain:
+        if isinstance(found, CtcRayError) and type(found).__module__.startswith("ctc_ray"):
+            return found
+    while isinstance(inner := getattr(error, "cause", None), BaseException):
         error = inner
     return error
 
