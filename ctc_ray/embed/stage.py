@@ -16,8 +16,9 @@ import torch
 from ctc_ray.cluster import worker_identity
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import EmbedConfig, RunConfig
+from ctc_ray.embed.compute import embed_unit
 from ctc_ray.embed.embedder import DEFAULT_NAME, Embedder
-from ctc_ray.embed.units import PARTS, Unit, consolidate, embed_unit, finished_parts, parts_folder, units_of
+from ctc_ray.embed.units import PARTS, Unit, consolidate, finished_parts, parts_folder, units_of
 from ctc_ray.errors import CtcRayError, SchemaError
 from ctc_ray.pretrain.encoder import (
     DEFAULT_FOLDER,

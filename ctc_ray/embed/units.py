@@ -9,14 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from ctc_ray.embed.embedder import Embedder
-from ctc_ray.errors import SchemaError
-from ctc_ray.pretrain.intensity import check_counts, stored_full_scale
-from ctc_ray.pretrain.slices import Slice, read_slice
-from ctc_ray.schema import embeddings_schema, unpack_pixels
 from ctc_ray.storage import Store, encode_parquet
 
 PARTS = "_parts"
@@ -76,28 +70,6 @@ def units_of(store: Store, patient: str, shards: list[str], folder: str, unit_ce
 def finished_parts(store: Store, folder: str) -> set[str]:
     """Paths of the parts that are already there (writes are atomic: what is there is whole)."""
     return set(store.list_files(folder, suffix=".parquet"))
-
-
-def embed_unit(store: Store, unit: Unit, embedder: Embedder, full_scale: float | None) -> int:
-    """Embed one unit and write its part; returns its number of cells.
-
-    Raises:
-        SchemaError: the cells cannot be read, or hold counts above full scale.
-    """
-    table = read_slice(store, Slice(unit.shard, unit.start, unit.stop), ["cell_id", "patient", "pixels"])
-    crops = unpack_pixels(table["pixels"], table.schema.field("pixels"))
-    scale = stored_full_scale(crops.dtype, full_scale)
-    check_counts(crops, scale, f"{store.describe(unit.shard)} rows {unit.start}-{unit.stop}", "embed.full_scale")
-    vectors = embedder(crops, full_scale=scale)
-    if not np.isfinite(vectors).all():
-        raise SchemaError(
-            f"{store.describe(unit.shard)} rows {unit.start}-{unit.stop}: the encoder gave vectors that are not finite"
-        )
-    schema = embeddings_schema(embedder.width)
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), embedder.width)
-    columns = [table["cell_id"], table["patient"], embedding.cast(schema.field("embedding").type)]
-    store.write_table(unit.part, pa.table(columns, schema=schema))
-    return len(crops)
 
 
 def consolidate(store: Store, output: str, units: list[Unit]) -> dict[str, int]:

@@ -15,24 +15,15 @@ from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ctc_ray import errors
 from ctc_ray.config import PretrainConfig
-from ctc_ray.errors import ConfigError, CtcRayError, ResourceError, SchemaError
-from ctc_ray.pretrain.slices import Slice, slices_of
-from ctc_ray.pretrain.worker import ERROR_FILE, STATUS_FILE, ReadCrops, RunPlan, dataset_name, train_worker
+from ctc_ray.errors import ConfigError, ResourceError, SchemaError
+from ctc_ray.pretrain.measure import named_error
+from ctc_ray.pretrain.slices import SLICE_ROWS, ReadCrops, Slice, slices_of
+from ctc_ray.pretrain.worker import ERROR_FILE, STATUS_FILE, RunPlan, dataset_name, train_worker
 from ctc_ray.progress import Progress
 from ctc_ray.storage import Store
 
-SLICE_ROWS = 2000
 _POLL_S = 0.5
-
-
-def named_error(kind: str, message: str) -> CtcRayError:
-    """Our own error of a kind that was reported by name."""
-    named = getattr(errors, kind, None)
-    if isinstance(named, type) and issubclass(named, CtcRayError):
-        return named(message)
-    return ResourceError(message)
 
 
 def check_resources(section: PretrainConfig, batch_size: int, num_crops: int) -> None:

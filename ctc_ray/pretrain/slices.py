@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctc_ray.errors import SchemaError
 from ctc_ray.storage import Store
+
+SLICE_ROWS: Final = 2000
+"""Rows read at once: one or two row groups."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,16 @@ def read_slice(store: Store, part: Slice, columns: list[str]) -> pa.Table:
     if table.num_rows != part.stop - part.start:
         raise SchemaError(f"{store.describe(part.shard)} has {offset} rows, expected at least {part.stop}: {remedy}")
     return table
+
+
+class ReadCrops:
+    """Reads slices of cells inside Ray Data: rows of slice descriptions in, cell_id and pixels out."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Read the slices of a batch (at least one)."""
+        return pa.concat_tables(
+            [read_slice(self._store, Slice(**row), ["cell_id", "pixels"]) for row in batch.to_pylist()]
+        )

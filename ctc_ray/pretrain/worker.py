@@ -26,7 +26,6 @@ from ctc_ray.pretrain.intensity import IntensityRule
 from ctc_ray.pretrain.monitor import StepMetrics
 from ctc_ray.pretrain.precision import Resolved
 from ctc_ray.pretrain.settings import settings_of
-from ctc_ray.pretrain.slices import Slice, read_slice
 from ctc_ray.pretrain.trainer import (
     BatchSource,
     DinoTrainer,
@@ -73,19 +72,6 @@ class RunPlan:
     def checkpoints(self) -> CheckpointFolder:
         """The run's checkpoints."""
         return CheckpointFolder(self.store, f"{self.folder}/checkpoints", identity=self.identity)
-
-
-class ReadCrops:
-    """Reads slices of cells inside Ray Data: rows of slice descriptions in, cell_id and pixels out."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Read the slices of a batch (at least one)."""
-        return pa.concat_tables(
-            [read_slice(self._store, Slice(**row), ["cell_id", "pixels"]) for row in batch.to_pylist()]
-        )
 
 
 def dataset_name(rank: int) -> str:

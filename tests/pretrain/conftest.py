@@ -1,0 +1,8 @@
+"""Makes the builder of small cohorts importable."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `cells_cohort` stands beside the rooms' folders
