@@ -11,6 +11,10 @@ import polars as pl
 import pyarrow as pa
 
 from ctc_ray.cohort import Cohort
+from ctc_ray.latent.cluster import Clusters
+from ctc_ray.latent.embeddings import iterate_shards, read_selected
+from ctc_ray.latent.model import LatentMap
+from ctc_ray.latent.reduce import PrincipalComponents, UmapPlane
 from ctc_ray.records import Record, identity_of, publish
 from ctc_ray.schema import (
     DUPLICATES_SCHEMA,
@@ -121,6 +125,39 @@ def write_embeddings(
     identity = identity_of("embed", {"encoder": ENCODER}, {"cells": source})
     record = Record("embed", patient, identity, {}, {"cells": source})
     publish(cohort.store, cohort.embeddings(ENCODER, patient), tables, record)
+
+
+def write_map(cohort: Cohort, kinds: dict[str, str], *, version: str = "1") -> None:
+    """Publish a latent map without UMAP: PCA of all embeddings, its first two scores as places, kinds as clusters.
+
+    The last kind is background, so that tests meet cluster -1.
+    """
+    folder = cohort.latent(ENCODER, "map")
+    patients = cohort.patient_ids()
+    ids, vectors = read_selected(cohort, ENCODER, patients, kinds.keys())
+    pca = PrincipalComponents.fit(vectors, 6)
+    scores = pca.transform(vectors)
+    codes = np.array([KINDS.index(kinds[name]) for name in ids])
+    labels = np.where(codes == len(KINDS) - 1, -1, codes).astype(np.int16)
+    names = np.array(ids)
+    made = LatentMap(
+        pca=pca,
+        plane=UmapPlane(scores, scores[:, :2].copy(), 1.0, 1.0, 5),
+        clusters=Clusters(scores[:, :2].copy(), labels, 5, 5),
+        plane_ids=names,
+        cluster_ids=names,
+        summary={"num_clusters": len(KINDS) - 1, "version": version},
+    )
+    publish(cohort.store, folder, made.files(), Record("map", "map", version, {}, {}))
+    for patient in patients:
+        tables = {
+            name: made.table(shard_ids, patient, shard)
+            for name, shard_ids, shard in iterate_shards(cohort, ENCODER, patient)
+        }
+        identity = identity_of("map-cells", {}, {"map": made.digest(), "version": version})
+        publish(
+            cohort.store, cohort.latent_cells(ENCODER, "map", patient), tables, Record("map", patient, identity, {}, {})
+        )
 
 
 def _crops(kind_codes: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.uint8]:

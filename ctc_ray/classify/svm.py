@@ -128,6 +128,7 @@ class Classifier:
         """
         from zipfile import BadZipFile
 
+        from sklearn.calibration import CalibratedClassifierCV
         from skops.io import get_untrusted_types, loads
         from skops.io.exceptions import UntrustedTypesFoundException
 
@@ -139,6 +140,10 @@ class Classifier:
                 )
             values = loads(data, trusted=list(_TRUSTED))
             arrays = values["pca"]
+            if not isinstance(values["model"], CalibratedClassifierCV):
+                raise SchemaError(
+                    f"{where} holds a {type(values['model']).__name__}, no calibrated SVM: not a classifier of ctc_ray"
+                )
             return cls(PrincipalComponents(arrays["mean"], arrays["components"], arrays["explained"]), values["model"])
         except (BadZipFile, UntrustedTypesFoundException, KeyError, TypeError, ValueError) as error:
             if isinstance(error, SchemaError):
