@@ -124,29 +124,28 @@ def _gather(
         .with_columns(diameter_px=(pl.col("area_px").cast(pl.Float64) * 4 / np.pi).sqrt())
     )
     parts = [pl.DataFrame(schema={name: JUDGEMENTS_FRAME[name] for name in ("cell_id", "is_ctc", "judged_by")})]
-    labels = _labels_of(cohort, patient)
-    if labels is not None:
-        parts.append(judge_by_labels(candidates, labels))
-    truth = _truth_of(cellsearch, patient)
-    if truth is not None:
-        known = judge_by_truth(candidates, detections, truth, [str(k) for k in CTC_KINDS], config.truth_radius_px)
+    truth, labels = _judges(cohort, cellsearch)
+    if patient in labels:
+        parts.append(judge_by_labels(candidates, labels[patient]))
+    if patient in truth:
+        kinds = [str(kind) for kind in CTC_KINDS]
+        known = judge_by_truth(candidates, detections, truth[patient], kinds, config.truth_radius_px)
         parts.append(known.join(parts[-1], on="cell_id", how="anti"))
     return PatientInput(patient, candidates, detections, events, pl.concat(parts))
 
 
-def _truth_of(cellsearch: Store, patient: str) -> pl.DataFrame | None:
-    """Ground truth of a patient; None where there is no truth table or it does not know the patient."""
-    if not cellsearch.exists(TRUTH_PATH):
-        return None
-    table = check_columns(cellsearch.read_table(TRUTH_PATH), TRUTH_SCHEMA, cellsearch.describe(TRUTH_PATH))
-    rows = table_frame(table).filter(pl.col("patient") == patient)
-    return rows if rows.height else None
+def _judges(cohort: Cohort, cellsearch: Store) -> tuple[dict[str, pl.DataFrame], dict[str, pl.DataFrame]]:
+    """Ground truth (TRUTH_SCHEMA) and consensus labels (cell_id, label) by patient; patients that have none are left out."""
+    truth: dict[str, pl.DataFrame] = {}
+    if cellsearch.exists(TRUTH_PATH):
+        table = check_columns(cellsearch.read_table(TRUTH_PATH), TRUTH_SCHEMA, cellsearch.describe(TRUTH_PATH))
+        truth = _by_patient(table_frame(table))
+    labels = {patient: rows.select("cell_id", "label") for patient, rows in _by_patient(read_labels(cohort)).items()}
+    return truth, labels
 
 
-def _labels_of(cohort: Cohort, patient: str) -> pl.DataFrame | None:
-    """Consensus labels of a patient (cell_id, label); None where nobody labelled it."""
-    rows = read_labels(cohort, [patient]).select("cell_id", "label")
-    return rows if rows.height else None
+def _by_patient(frame: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    return {str(key[0]): rows for key, rows in frame.partition_by("patient", as_dict=True).items()}
 
 
 def _compare_on_worker(cohort: Cohort, cellsearch: Store, unit: CompareUnit, config: CompareConfig) -> Comparison:
@@ -250,13 +249,14 @@ def _find_work(config: CompareConfig, cohort: Cohort, cellsearch: Store, *, forc
     usable = record is not None and not damaged_files(cohort.store, folder, record)
     former = record if usable else None
     same_settings = former is not None and former.config == config.identity()
+    truth, labels = _judges(cohort, cellsearch)
     todo: list[CompareUnit] = []
     kept: dict[str, str] = {}
     failures: dict[str, FailureRow] = {}
     stale: list[str] = []
     for patient in patients:
         try:
-            unit = _unit(cohort, config, cellsearch, patient)
+            unit = _unit(cohort, config, cellsearch, patient, truth.get(patient), labels.get(patient))
         except CtcRayError as error:
             failures[patient] = _failure(cellsearch, patient, error)
             continue
@@ -270,10 +270,16 @@ def _find_work(config: CompareConfig, cohort: Cohort, cellsearch: Store, *, forc
     return _Work(todo, kept, failures, stale, former)
 
 
-def _unit(cohort: Cohort, config: CompareConfig, cellsearch: Store, patient: str) -> CompareUnit:
+def _unit(
+    cohort: Cohort,
+    config: CompareConfig,
+    cellsearch: Store,
+    patient: str,
+    truth: pl.DataFrame | None,
+    labels: pl.DataFrame | None,
+) -> CompareUnit:
     path = find_events_file(cellsearch, patient)
     record = cohort.require(patient_folder(cohort, config.name, patient), "detect")
-    truth, labels = _truth_of(cellsearch, patient), _labels_of(cohort, patient)
     parts = [
         record.identity,
         digest_of(cellsearch.read_bytes(path)),

@@ -7,7 +7,6 @@ from typing import Any
 import polars as pl
 
 from ctc_ray.errors import CartridgeError
-from ctc_ray.segment.archive_xml import read_archive
 from ctc_ray.storage import Store
 
 EVENTS_FRAME: dict[str, Any] = {
@@ -67,6 +66,8 @@ def read_events(data: bytes, where: str) -> pl.DataFrame:
         CartridgeError: it is no archive's xml, does not tell the grid of frames, lists an event twice, or places one outside of
             its frame (as archives do that number their frames from another corner).
     """
+    from ctc_ray.segment.archive_xml import read_archive  # the room of segmentation loads torch
+
     archive = read_archive(data, where)
     if archive.geometry is None:
         raise CartridgeError(
