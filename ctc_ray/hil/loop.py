@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,13 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
         chosen = choose(told, np.random.default_rng([trial.seed, _LOOP_STREAM, loop]))
         state = state.with_labels(chosen, expert.answer(chosen), repeats=settings.mode == "faithful")
     return rows
+
+
+def check_trials(problem: Problem, trials: Sequence[Trial], settings: LoopSettings) -> None:
+    """Set every arm up once, so that numbers that do not fit are refused before a sweep starts; raises as `run_trial`."""
+    arms = {(trial.scenario, trial.strategy, trial.main_cluster): trial for trial in trials}
+    for trial in arms.values():
+        scenario_named(trial.scenario)(problem, trial.strategy, trial.seed, trial.main_cluster, settings)
 
 
 def _chooser(strategy: str, settings: LoopSettings) -> Choose:

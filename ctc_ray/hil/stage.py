@@ -14,7 +14,7 @@ from ctc_ray.cohort import Cohort
 from ctc_ray.config import HilConfig, RunConfig
 from ctc_ray.errors import ConfigError, SchemaError
 from ctc_ray.hil.cohort_pools import read_inputs, read_problem
-from ctc_ray.hil.loop import Trial
+from ctc_ray.hil.loop import Trial, check_trials
 from ctc_ray.hil.parts import FOLDER, Parts
 from ctc_ray.hil.pools import BACKGROUND, Problem
 from ctc_ray.hil.release import ARRAYS, TABLES, read_release
@@ -90,36 +90,49 @@ def run_simulate(
     if require_fresh(source.store, source.folder, identity, force=force) is State.COMPLETE and former and not force:
         num_trials = former.counts.get("trials", 0)
         return _result(source, former.counts, computed=0, reused=num_trials, seconds=time.monotonic() - started)
-    from ctc_ray.hil.sweep import run_sweep  # Tune takes seconds to import
+    record = _sweep_and_publish(config, source, identity, progress or Progress(quiet=True))
+    return _result(
+        source,
+        record.counts,
+        computed=record.units_computed,
+        reused=record.units_reused,
+        seconds=time.monotonic() - started,
+    )
 
+
+def _sweep_and_publish(config: RunConfig, source: _Source, identity: str, progress: Progress) -> Record:
+    """Run what has no part yet, then gather all parts; the record is written last."""
+    started = time.monotonic()
+    settings = config.hil
     problem = source.read()
     trials = plan_trials(settings, problem)
+    check_trials(problem, trials, loop_settings(settings))
     parts = Parts(source.store, source.folder, loop_settings(settings), source.inputs)
-    shown = progress or Progress(quiet=True)
+    from ctc_ray.hil.sweep import run_sweep  # Tune takes seconds to import
+
     with connect(config=config.ray):
-        done = run_sweep(problem, trials, parts, max_concurrent=settings.max_concurrent, progress=shown)
+        done = run_sweep(problem, trials, parts, max_concurrent=settings.max_concurrent, progress=progress)
     table = _gather(source.store, [parts.path(trial) for trial in trials])
-    counts = {
-        "trials": len(trials),
-        "rows": table.num_rows,
-        "train_cells": len(problem.train),
-        "test_cells": len(problem.test),
-    }
     record = Record(
         stage=STAGE,
         unit=settings.name,
         identity=identity,
         config=settings.identity(),
         inputs=source.inputs,
-        counts=counts,
+        counts={
+            "trials": len(trials),
+            "rows": table.num_rows,
+            "train_cells": len(problem.train),
+            "test_cells": len(problem.test),
+        },
         seconds=time.monotonic() - started,
         units_computed=done.computed,
         units_reused=done.reused,
         workers=done.workers,
     )
-    publish(source.store, source.folder, {RESULTS: table, **_checks(source)}, record)
+    finished = publish(source.store, source.folder, {RESULTS: table, **_checks(source)}, record)
     source.store.delete_folder(f"{source.folder}/{FOLDER}")
-    return _result(source, counts, computed=done.computed, reused=done.reused, seconds=time.monotonic() - started)
+    return finished
 
 
 def plan_simulate(

@@ -23,13 +23,15 @@ from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig, load_config
 from ctc_ray.errors import ConfigError, LabelError, MissingInputError, StaleOutputError
 from ctc_ray.hil.cohort_pools import read_inputs, read_problem
-from ctc_ray.hil.loop import run_trial
+from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.parts import Parts
 from ctc_ray.hil.pools import Problem
+from ctc_ray.hil.scenarios import LoopSettings
 from ctc_ray.hil.stage import loop_settings, plan_simulate, plan_trials, run_simulate, seeds_of
 from ctc_ray.progress import Progress
 from ctc_ray.records import Record, State, publish, read_record
 from ctc_ray.schema import DUPLICATES_SCHEMA, LABELS_SCHEMA, RESULTS_SCHEMA, latent_schema
+from ctc_ray.storage import Store
 
 _SMALL = ("hil.initial=30", "hil.per_loop=20", "hil.loops=2", "hil.mc_splits=5", "hil.seeds=2")
 _ROLES = {"001": "train", "7": "train", "Müller 3": "test", "9": "validation"}
@@ -218,13 +220,23 @@ def test_run_simulate_interrupted_sweep_runs_only_what_is_missing(tmp_path: Path
     assert resumed.equals(cohort.store.read_table("simulations/paper/results.parquet"))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_run_simulate_too_few_labels_raises_the_trials_own_message(tmp_path: Path, problem: Problem) -> None:
+def test_run_simulate_too_few_labels_is_refused_before_the_sweep(tmp_path: Path, problem: Problem) -> None:
     cohort = _write_cohort(tmp_path / "cohort", problem)
     with pytest.raises(ConfigError, match=r"role train has 238 labelled cells"):
         run_simulate(_config("hil.initial=500"), cohort)
     assert not cohort.store.exists("simulations/paper/results.parquet")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_sweep_trial_that_refuses_its_input_raises_its_own_message(tmp_path: Path, problem: Problem) -> None:
+    from ctc_ray.hil.sweep import run_sweep
+
+    parts = Parts(Store(tmp_path), "sweep", LoopSettings(initial=500), {})
+    trial = Trial("limited-global", "random", None, 1, 0)
+    with pytest.raises(ConfigError, match="500 initial labels"):
+        run_sweep(problem, [trial], parts, max_concurrent=1, progress=Progress(quiet=True))
+    assert parts.finished() == set()
 
 
 _DRIVER = """
