@@ -395,6 +395,8 @@ class ReportConfig(Section):
     """Cells shown of each cluster."""
     contrast_percentiles: tuple[Percent, Percent] = (5.0, 99.8)
     """Percentiles of the cohort's pixels that are drawn black and white, one pair of values a channel for all cells."""
+    gamma: Annotated[float, Field(gt=0.0, le=2.0)] = 0.6
+    """Power of the grey curve of all cells; below 1 dim signal shows beside bright."""
     max_map_points: Count = 20_000
     """Points drawn of the latent map (seeded sample)."""
     title: str = "Circulating tumor cells"

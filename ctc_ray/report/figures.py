@@ -37,25 +37,28 @@ def cluster_colour(cluster: int | None) -> str:
     return BACKGROUND_COLOUR if cluster is None or cluster < 0 else PALETTE[cluster % len(PALETTE)]
 
 
-def stretch(plane: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
-    """Map counts linearly, `low` to 0 and `high` to 255, clipped."""
-    scaled = (plane.astype(np.float32) - low) * (255.0 / max(high - low, 1e-9))
-    return np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+def stretch(plane: npt.NDArray[Any], low: float, high: float, gamma: float = 1.0) -> npt.NDArray[np.uint8]:
+    """Map counts to grey: `low` and below to 0, `high` and above to 255, in between by the power `gamma` (1 is linear)."""
+    scaled = np.clip((plane.astype(np.float32) - low) / max(high - low, 1e-9), 0.0, 1.0)
+    return np.asarray(np.round(255.0 * scaled**gamma), dtype=np.uint8)
 
 
-def cell_strip(crop: npt.NDArray[Any], limits: Mapping[str, tuple[int, int]]) -> npt.NDArray[np.uint8]:
+def cell_strip(
+    crop: npt.NDArray[Any], limits: Mapping[str, tuple[int, int]], gamma: float = 1.0
+) -> npt.NDArray[np.uint8]:
     """Lay a crop out as the paper's Figure 2 does: DAPI/CK together, DAPI, CK, CD45.
 
     Args:
         crop: (C, 48, 48) in the order of `Channel`.
         limits: channel -> (black, white) in counts, the same for all cells of a report.
+        gamma: power of the grey curve, likewise; below 1 dim signal shows beside bright.
 
     Returns:
         (48, 4*48 + gaps, 4) RGBA; the gaps are transparent. In the first panel DAPI is magenta and CK green.
 
     Source: paper, Figure 2; departure: one contrast for the whole cohort where the reference stretches each crop by itself.
     """
-    grey = {name: stretch(plane, *limits[name]) for name, plane in zip(CHANNEL_NAMES, crop, strict=False)}
+    grey = {name: stretch(plane, *limits[name], gamma) for name, plane in zip(CHANNEL_NAMES, crop, strict=False)}
     blank = np.zeros(crop.shape[1:], np.uint8)
     dapi, ck, cd45 = (grey.get(name, blank) for name in CHANNEL_NAMES)
     panels = [np.stack(colours, axis=2) for colours in ((dapi, ck, dapi), (dapi,) * 3, (ck,) * 3, (cd45,) * 3)]

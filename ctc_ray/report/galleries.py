@@ -28,7 +28,7 @@ def cell_picture(data: ReportData, cell_id: str | None) -> str | None:
     if crop is None:
         return None
     limits: Mapping[str, tuple[int, int]] = limits_of(data.contrast, str(crop.dtype))
-    return png_uri(cell_strip(crop, limits)) if limits else None
+    return png_uri(cell_strip(crop, limits, data.config.report.gamma)) if limits else None
 
 
 def cluster_gallery(data: ReportData) -> Section:
@@ -51,7 +51,8 @@ def _contrast_words(data: ReportData) -> str:
     low, high = data.config.report.contrast_percentiles
     return (
         "Each panel is 48 pixels (30.7 µm) wide: DAPI in magenta with CK in green, then DAPI, CK and CD45. "
-        f"One contrast per channel for all cells ({low:g} to {high:g} % of the cohort's pixels), so brightness can be compared."
+        f"One contrast per channel for all cells ({low:g} to {high:g} % of the cohort's pixels, grey curve of power "
+        f"{data.config.report.gamma:g}), so brightness can be compared."
     )
 
 

@@ -99,7 +99,7 @@
       paper_bgcolor: colour("--panel"), plot_bgcolor: colour("--panel"), font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 13 },
       margin: { l: 34, r: 14, t: 14, b: 34 }, hovermode: "closest", dragmode: narrow ? "pan" : "zoom", uirevision: "map",
       xaxis: { ...axis, title: { text: "UMAP dimension 1" } }, yaxis: { ...axis, title: { text: "UMAP dimension 2" }, scaleanchor: narrow ? undefined : "x" },
-      legend: narrow ? { orientation: "h", y: -0.1, font: { size: 11 } } : { itemsizing: "constant", bgcolor: "rgba(0,0,0,0)" },
+      legend: narrow ? { orientation: "h", y: -0.2, font: { size: 11 } } : { itemsizing: "constant", bgcolor: "rgba(0,0,0,0)" },
       hoverlabel: { align: "left", bgcolor: colour("--panel"), bordercolor: colour("--rule"), font: { color: colour("--ink") } },
     };
     const column = controls.elements.colour.value;
