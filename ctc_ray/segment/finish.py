@@ -73,6 +73,7 @@ def finish_patient(
         "cells": positions.num_rows,
         "physical_cells": physical,
         "fields": len(plan.cartridge.fields),
+        "segmented": len(done) + (plan.kept.counts.get("segmented", 0) if plan.kept else 0),
         "failed": len(failures),
         "overlap_row_px": overlap[0],
         "overlap_col_px": overlap[1],

@@ -316,7 +316,7 @@ def _result(
     records = {plan.patient: read_record(cohort.store, cohort.cells(plan.patient)) for plan in plans}
     totals: defaultdict[str, int] = defaultdict(int)
     for record in records.values():
-        for name in ("cells", "physical_cells", "fields", "failed"):
+        for name in ("cells", "physical_cells", "fields", "segmented", "failed"):
             totals[name] += record.counts.get(name, 0) if record else 0
     computed = sum(record.units_computed for plan in open_plans if (record := records[plan.patient]))
     failed, fields = totals["failed"] + len(empty), max(totals["fields"], totals["failed"]) + len(empty)
@@ -329,7 +329,7 @@ def _result(
     return StageResult(
         stage=STAGE,
         units_computed=computed,
-        units_reused=totals["fields"] - totals["failed"] - computed,
+        units_reused=totals["segmented"] - computed,
         set_aside=failed,
         counts={"patients": len(plans), **totals},
         paths=tuple(cohort.cells(plan.patient) for plan in plans),

@@ -226,7 +226,7 @@ print(run_segment(config, Cohort.open(sys.argv[1], create=True), cartridges=sys.
 def test_segment_killed_in_the_middle_and_run_again_equals_an_uninterrupted_run(
     cartridges: str, write_cartridge: WriteCartridge, bright_spot_weights: Path, tmp_path: Path
 ) -> None:
-    write_cartridge("A", frames=range(1, 41), grid=(5, 8))
+    write_cartridge("A", frames=range(1, 17), grid=(4, 4))
 
     def start(name: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", RUN, str(tmp_path / name), cartridges, str(bright_spot_weights)]
@@ -246,6 +246,6 @@ def test_segment_killed_in_the_middle_and_run_again_equals_an_uninterrupted_run(
     assert record is not None
     assert record.units_reused > 0
     assert record.units_computed > 0
-    assert record.units_reused + record.units_computed == 40
+    assert record.units_reused + record.units_computed == 16
     assert cells(killed, "A").equals(cells(whole, "A"))
     assert killed.physical_ids("A").sort("cell_id").equals(whole.physical_ids("A").sort("cell_id"))
