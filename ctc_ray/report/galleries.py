@@ -16,7 +16,6 @@ from ctc_ray.report.survey import limits_of
 MAX_COMPARED_CELLS = 12
 """Cells shown of those that only one system found."""
 _LABEL_WORDS = {"ctc": "CTC", "non_ctc": "non-CTC", "unsure": "unsure", "artefact": "artefact"}
-_FOUND_WORDS = {"both": "also listed by CellSearch", "model": "not listed by CellSearch"}
 _PANELS = (
     '<div class="heads" aria-hidden="true"><span>DAPI/CK</span><span>DAPI</span><span>CK</span><span>CD45</span></div>'
 )
@@ -94,8 +93,10 @@ def _candidate(data: ReportData, row: dict[str, Any]) -> str:
     tags = []
     if row["is_ctc"] is not None:
         tags.append(f"{'CTC' if row['is_ctc'] else 'not a CTC'} ({row['judged_by']})")
-    if row["found_by"] in _FOUND_WORDS:
-        tags.append(_FOUND_WORDS[row["found_by"]])
+    if row["found_by"] == "model":
+        tags.append("not listed by CellSearch")
+    elif row["found_by"] == "both":
+        tags.append("CTC of CellSearch" if row["event_is_ctc"] else "listed by CellSearch, not called a CTC")
     if row["num_detections"] > 1:
         tags.append(f"{row['num_detections']} detections")
     alt = f"Candidate of patient {row['patient']}, field {row['field']}: DAPI and CK together, DAPI, CK, CD45"
@@ -115,7 +116,7 @@ def only_one_system(data: ReportData) -> Section:
     html = (
         f'<div class="two"><section><h3>By the model, not by CellSearch</h3>{note(f"{model.height} CTCs.")}'
         f'<div class="gallery">{left}</div></section><section><h3>By CellSearch, not by the model</h3>'
-        f"{note(f'{data.missed.height} CTCs; at {unseen} of them no cell was segmented. The others scored too low.')}"
+        f"{note(f'{data.missed.height} CTCs; at {unseen} of them no cell was segmented. Shown is the nearest cell.')}"
         f'<div class="gallery">{right}</div></section></div>'
     )
     return Section("one-system", title, html)

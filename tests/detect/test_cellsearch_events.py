@@ -3,10 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import polars as pl
 import pytest
 
+from ctc_ray.config import PhantomConfig
 from ctc_ray.detect.events import find_events_file, read_events
 from ctc_ray.errors import CartridgeError
+from ctc_ray.phantom import write_phantom
+from ctc_ray.phantom.kinds import CTC_KINDS
+from ctc_ray.progress import Progress
 from ctc_ray.storage import Store
 
 
@@ -64,3 +69,21 @@ def test_find_events_file_nested_layouts_are_found(tmp_path: Path) -> None:
 def test_find_events_file_missing_folder_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(CartridgeError, match=r"008 holds no CellSearch event xml.*--cellsearch"):
         find_events_file(Store(str(tmp_path)), "008")
+
+
+def test_read_events_phantom_archive_boxes_of_ctcs_hold_a_true_ctc(tmp_path: Path) -> None:
+    write_phantom(PhantomConfig(patients=1, fields=2, seed=3), tmp_path, progress=Progress(quiet=True), workers=1)
+    store = Store(str(tmp_path))
+    path = find_events_file(store, "P01")
+    events = read_events(store.read_bytes(path), path)
+    truth = pl.DataFrame(pl.from_arrow(store.read_table("truth.parquet")))
+    ctcs = truth.filter(pl.col("kind").is_in(sorted(map(str, CTC_KINDS))))
+    assert set(events["field"]) == {1, 2}
+    assert events["is_ctc"].sum() > 3
+    for event in events.filter("is_ctc").iter_rows(named=True):
+        inside = ctcs.filter(
+            (pl.col("field") == event["field"])
+            & pl.col("row").is_between(event["row_low"] - 1, event["row_high"] + 1)
+            & pl.col("col").is_between(event["col_low"] - 1, event["col_high"] + 1)
+        )
+        assert inside.height >= 1
