@@ -186,7 +186,7 @@ class PretrainConfig(Section):
     head_bottleneck: Count | None = None
     """Width before the last layer; both presets have 256."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak rate of AdamW; both presets have 1e-3."""
+    """Peak rate of AdamW; both presets have 1e-3, and `marker` a tenth of it where it continues from the shipped encoder."""
     teacher_momentum: Fraction | None = None
     """Moving average of the teacher at the first step; `marker` has 0.99 (rising to 1), `paper` 0.995."""
     precision: Precision = "auto"

@@ -149,6 +149,10 @@ Departures: random or shipped weights in place of ImageNet's, which are on the n
 loss scaler; no gradient checkpointing, which updated the student's batch statistics twice a step.
 """
 
+CONTINUED_RATE: Final = 0.1
+"""Share of `marker`'s learning rate when a run continues from the shipped encoder: its head starts afresh, and at the full rate
+the first steps towards a random head would undo what the backbone knows."""
+
 PRESETS: Final[dict[Preset, DinoSettings]] = {"marker": MARKER, "paper": PAPER}
 
 
@@ -171,4 +175,6 @@ def settings_of(config: PretrainConfig, *, channels: int, precision: Literal["fp
     input_px = base.input_px if geometry.global_px == base.geometry.global_px else geometry.global_px
     own = {f.name for f in fields(DinoSettings)} - {"preset", "geometry", "channels", "precision", "input_px"}
     given = {name: value for name, value in config.model_dump().items() if name in own and value is not None}
+    if config.preset == "marker" and config.init == "default":
+        given.setdefault("learning_rate", base.learning_rate * CONTINUED_RATE)
     return replace(base, geometry=geometry, input_px=input_px, channels=channels, precision=precision, **given)

@@ -10,7 +10,7 @@ import polars as pl
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import PretrainConfig, RunConfig
-from ctc_ray.errors import MissingInputError, ResourceError
+from ctc_ray.errors import MissingInputError, ResourceError, RoleLeakError
 from ctc_ray.pretrain.encoder import (
     DEFAULT_FOLDER,
     EncoderSpec,
@@ -61,7 +61,11 @@ def plan_pretrain(config: RunConfig, cohort: Cohort) -> list[PlanRow]:
     if waiting or not cohort.patients_by_role("pretrain"):
         why = f"cells of {', '.join(waiting)} are not there yet" if waiting else "no patient has the role pretrain yet"
         return [PlanRow(section.encoder_id, State.ABSENT, why)]
-    inputs = _inputs(section, cohort)
+    moved = set(_trained_on(section, cohort)) - set(cohort.patients_by_role("pretrain"))
+    if moved:
+        why = f"trained on {', '.join(sorted(moved))}, who no longer have the role pretrain: --force trains a new one"
+        return [PlanRow(section.encoder_id, State.STALE, why)]
+    inputs = _inputs(section, cohort, force=False)
     state = state_of(cohort.store, folder, identity_of(STAGE, _settings(section), inputs))
     why = {
         State.ABSENT: f"not trained yet ({len(inputs)} inputs)",
@@ -90,7 +94,7 @@ def run_pretrain(config: RunConfig, cohort: Cohort, *, force: bool = False, prog
     started = time.monotonic()
     section = config.pretrain
     folder = cohort.encoder(section.encoder_id)
-    inputs = _inputs(section, cohort)
+    inputs = _inputs(section, cohort, force=force)
     identity = identity_of(STAGE, _settings(section), inputs)
     if require_fresh(cohort.store, folder, identity, force=force) is State.COMPLETE:
         record = read_record(cohort.store, folder)
@@ -104,7 +108,11 @@ def run_pretrain(config: RunConfig, cohort: Cohort, *, force: bool = False, prog
     if steps_before < settings.steps:
         with watched(plan, settings.steps, steps_before, progress):
             fit(plan, shards)
-    counts = {"steps": settings.steps, "cells": sum(shards.values()), "patients": len(inputs)}
+    counts = {
+        "steps": settings.steps,
+        "cells": sum(shards.values()),
+        "patients": sum(name.startswith("cells/") for name in inputs),
+    }
     record = Record(
         stage=STAGE,
         unit=section.encoder_id,
@@ -186,7 +194,7 @@ def _settings(section: PretrainConfig) -> dict[str, Any]:
     return {name: value for name, value in section.identity().items() if name != "encoder_id"}
 
 
-def _inputs(section: PretrainConfig, cohort: Cohort) -> dict[str, str]:
+def _inputs(section: PretrainConfig, cohort: Cohort, *, force: bool) -> dict[str, str]:
     """Cells of each pretraining patient and the encoder to start from, by their identity.
 
     Patients that joined after an encoder was finished do not make it stale: its own patients are what is compared.
@@ -196,17 +204,29 @@ def _inputs(section: PretrainConfig, cohort: Cohort) -> dict[str, str]:
         raise MissingInputError(
             f"no patient of {cohort.store.uri} has the role pretrain: run `ctc-ray split {cohort.store.uri}` first"
         )
-    record = read_record(cohort.store, cohort.encoder(section.encoder_id))
-    if record is not None and record.stage == STAGE:
-        own = [name.removeprefix("cells/") for name in record.inputs if name.startswith("cells/")]
-        cohort.require_role(own, "pretrain")
-        patients = sorted(own)
-    cohort.require_role(patients, "pretrain")
+    own = _trained_on(section, cohort)
+    if own:
+        moved = sorted(set(own) - set(patients))
+        if moved and not force:
+            raise RoleLeakError(
+                f"encoder {section.encoder_id!r} was trained on {', '.join(moved)}, who no longer have the role pretrain: "
+                "their cells would be judged by an encoder that knows them. Train a new one with --force, or give it another "
+                "pretrain.encoder_id"
+            )
+        patients = patients if moved else own
     inputs = {f"cells/{p}": cohort.require(cohort.cells(p), "segment").identity for p in patients}
     if section.init == "default":
         _, description = read_folder(DEFAULT_FOLDER)
         inputs["init"] = decode_spec(description, str(DEFAULT_FOLDER)).fingerprint
     return inputs
+
+
+def _trained_on(section: PretrainConfig, cohort: Cohort) -> list[str]:
+    """Patients of the encoder that is there; none where it was imported or is not there."""
+    record = read_record(cohort.store, cohort.encoder(section.encoder_id))
+    if record is None or record.stage != STAGE:
+        return []
+    return sorted(name.removeprefix("cells/") for name in record.inputs if name.startswith("cells/"))
 
 
 def _shards(cohort: Cohort, patients: list[str]) -> dict[str, int]:

@@ -81,7 +81,7 @@ class ResidentCrops:
         device = device or torch.device("cpu")
         # torch indexes no uint16; int32 holds the counts exactly.
         counts = crops_NCHW if crops_NCHW.dtype == np.uint8 else crops_NCHW.astype(np.int32)
-        self._crops = torch.from_numpy(np.array(counts, copy=True)).to(device)
+        self._crops = torch.from_numpy(np.require(counts, requirements=("C", "W"))).to(device)
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = -1
