@@ -95,7 +95,7 @@ def train_segmenter(
     set_: Overrides = None,
 ) -> None:
     """Train a StarDist network on images with instance masks; run again to resume."""
-    from ctc_ray.segment.training import run_train_segmenter
+    from ctc_ray.segment.train_segmenter import run_train_segmenter
 
     settings = load_config(config, set_ or ())
     print_result(run_train_segmenter(settings, images, masks, out, progress=Progress()))

@@ -137,8 +137,8 @@ def _cluster_resources(address: str) -> list[Finding]:
     import ray
 
     with connect(address):
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        resources = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus = resources.get("CPU", 0.0)
     remedy = "stages hold a reader beside their pools: add a worker with processors"
     return [
