@@ -88,7 +88,7 @@ def open_index(store: Store, path: str) -> Any:
         raise MissingInputError(f"{store.describe(path)} does not exist: run `ctc-ray index` first")
     try:
         if store.is_local:
-            return faiss.read_index(str(store.local_path(path)), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+            return faiss.read_index(str(store.local_path(path)), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
         return faiss.deserialize_index(np.frombuffer(store.read_bytes(path), np.uint8))
     except RuntimeError as error:
         raise SchemaError(
