@@ -11,7 +11,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from ctc_ray.classify import Classifier
+from ctc_ray.classify.metrics import metrics_rows, metrics_table
 from ctc_ray.cohort import Cohort
+from ctc_ray.latent.reduce import PrincipalComponents
 from ctc_ray.phantom import draw_crops
 from ctc_ray.phantom.kinds import CTC_KINDS, PROFILES
 from ctc_ray.records import Record, publish
@@ -203,6 +206,32 @@ def archive_xml(records: str) -> str:
         f"<camxsize>{FIELD_SHAPE[1]}</camxsize><camysize>{FIELD_SHAPE[0]}</camysize></record></runs>"
         f"<events>{records}</events></archive>"
     )
+
+
+def train_faked(cohort: Cohort, patients: dict[str, Patient]) -> None:
+    """Fit a classifier on the faked training patient, and write metrics of the test patient for it and for the baseline."""
+    kinds = set(map(str, CTC_KINDS))
+    vectors: dict[str, Any] = {}
+    truth: dict[str, Any] = {}
+    clusters: dict[str, Any] = {}
+    for name in ("007", "31"):
+        table = cohort.store.read_table(f"{cohort.embeddings('dino', name)}/part-000.parquet")
+        place = {cell: row for row, cell in enumerate(table["cell_id"].to_pylist())}
+        order = [place[cell] for cell in patients[name].cells["cell_id"]]
+        matrix = np.stack([np.asarray(value, np.float32) for value in table["embedding"].to_pylist()])
+        vectors[name] = matrix[order]
+        truth[name] = np.isin(patients[name].kinds, list(kinds)).astype(np.int64)
+        latent = cohort.store.read_table(f"{cohort.latent_cells('dino', 'map', name)}/part-000.parquet")
+        clusters[name] = latent["cluster"].to_numpy()
+    pca = PrincipalComponents.fit(vectors["007"], 8)
+    model = Classifier.fit(pca, pca.transform(vectors["007"]), truth["007"])
+    for folder, predicted in (("svm", model.predict(vectors["31"])), ("raw_pixels", np.roll(truth["31"], 2))):
+        rows = metrics_rows("test", truth["31"], np.asarray(predicted), clusters["31"], all_clusters=range(-1, 3))
+        files = {"metrics.parquet": metrics_table(rows)}
+        record = Record(
+            "train", folder, f"{folder}-1", {"encoder": "dino", "map": "map"}, {}, seconds=3.0, units_computed=1
+        )
+        publish(cohort.store, cohort.classifier(folder), {**files, "model.skops": model.to_bytes()}, record)
 
 
 class FirstValueClassifier:

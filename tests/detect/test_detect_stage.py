@@ -9,8 +9,15 @@ import pytest
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import CompareConfig, DetectConfig, RunConfig
 from ctc_ray.detect.compare import TABLES, plan_compare, run_compare
-from ctc_ray.detect.stage import detect_unit, detected_patients, find_candidates, patient_folder, plan_detect
-from ctc_ray.errors import MissingInputError, SchemaError, StaleOutputError, TooManyFailuresError
+from ctc_ray.detect.stage import (
+    detect_unit,
+    detected_patients,
+    find_candidates,
+    patient_folder,
+    plan_detect,
+    run_detect,
+)
+from ctc_ray.errors import ConfigError, MissingInputError, SchemaError, StaleOutputError, TooManyFailuresError
 from ctc_ray.progress import Progress
 from ctc_ray.records import Record, State, publish, read_failures, read_record
 from ctc_ray.schema import CANDIDATES_SCHEMA, MATCHES_SCHEMA, check_columns
@@ -172,6 +179,44 @@ def test_run_compare_every_xml_missing_fails_and_keeps_what_was(
         run_compare(RunConfig(), place, cellsearch=str(tmp_path / "elsewhere"), progress=QUIET)
     after = _tables(place, place.detection("final"))
     assert all(before[name].equals(after[name]) for name in TABLES)
+
+
+@pytest.mark.ray
+def test_run_detect_one_damaged_patient_is_set_aside_and_resumes(
+    faked: ModuleType, tmp_path: Path, ray_cluster: None
+) -> None:
+    place, patients = faked.fake_cohort(tmp_path / "cohort")
+    faked.train_faked(place, patients)
+    shard = f"{place.embeddings('dino', 'Müller 3')}/part-000.parquet"
+    whole = place.store.read_bytes(shard)
+    place.store.write_bytes(shard, whole[:-8] + b"damaged!")
+    first = run_detect(RunConfig(), place, progress=QUIET)
+    assert (first.units_computed, first.units_reused, first.set_aside) == (1, 0, 1)
+    assert "cannot be read as Parquet" in read_failures(place.store, "detect")["message"][0]
+    assert detected_patients(place, "final") == [FINAL[0]]
+
+    place.store.write_bytes(shard, whole)
+    second = run_detect(RunConfig(), place, progress=QUIET)
+    assert (second.units_computed, second.units_reused, second.set_aside) == (1, 1, 0)
+    assert read_failures(place.store, "detect").is_empty()
+    assert second.counts["cells"] == 120
+    written = place.store.read_bytes(f"{patient_folder(place, 'final', 'Müller 3')}/candidates.parquet")
+
+    stricter = RunConfig(detect=DetectConfig(threshold=0.9))
+    with pytest.raises(StaleOutputError, match="--force"):
+        run_detect(stricter, place, progress=QUIET)
+    fewer = run_detect(stricter, place, force=True, progress=QUIET)
+    assert 0 < fewer.counts["candidates"] < second.counts["candidates"]
+    run_detect(RunConfig(), place, force=True, progress=QUIET)
+    assert place.store.read_bytes(f"{patient_folder(place, 'final', 'Müller 3')}/candidates.parquet") == written
+
+
+def test_run_detect_unknown_patient_and_missing_role_are_refused(cohort: tuple[Cohort, dict[str, object]]) -> None:
+    place, _ = cohort
+    with pytest.raises(ConfigError, match="no patient 'P99'"):
+        run_detect(RunConfig(), place, patients=["P99"], progress=QUIET)
+    with pytest.raises(ConfigError, match="role pretrain"):
+        run_detect(RunConfig(detect=DetectConfig(roles=("pretrain",))), place, progress=QUIET)
 
 
 def _tables(place: Cohort, folder: str) -> dict[str, pl.DataFrame]:

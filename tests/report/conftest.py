@@ -14,13 +14,10 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from ctc_ray.classify import Classifier
-from ctc_ray.classify.metrics import metrics_rows, metrics_table
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig
 from ctc_ray.detect.compare import run_compare
 from ctc_ray.detect.stage import run_detect
-from ctc_ray.latent.reduce import PrincipalComponents
 from ctc_ray.progress import Progress
 from ctc_ray.records import FailureRow, Record, publish, write_failures
 from ctc_ray.report.real_field import RealField
@@ -55,30 +52,6 @@ class FakedRun:
     cohort: Cohort
     patients: dict[str, Any]
     cellsearch: Path
-
-
-def train_faked(cohort: Cohort, patients: dict[str, Any], faked: ModuleType) -> None:
-    """Fit a classifier on the faked training patient, and write metrics of the test patient for it and for the baseline."""
-    kinds = set(map(str, faked.CTC_KINDS))
-    vectors, truth, clusters = {}, {}, {}
-    for name in ("007", "31"):
-        table = cohort.store.read_table(f"{cohort.embeddings('dino', name)}/part-000.parquet")
-        place = {cell: row for row, cell in enumerate(table["cell_id"].to_pylist())}
-        order = [place[cell] for cell in patients[name].cells["cell_id"]]
-        matrix = np.stack([np.asarray(value, np.float32) for value in table["embedding"].to_pylist()])
-        vectors[name] = matrix[order]
-        truth[name] = np.isin(patients[name].kinds, list(kinds)).astype(np.int64)
-        latent = cohort.store.read_table(f"{cohort.latent_cells('dino', 'map', name)}/part-000.parquet")
-        clusters[name] = latent["cluster"].to_numpy()
-    pca = PrincipalComponents.fit(vectors["007"], 8)
-    model = Classifier.fit(pca, pca.transform(vectors["007"]), truth["007"])
-    for folder, predicted in (("svm", model.predict(vectors["31"])), ("raw_pixels", np.roll(truth["31"], 2))):
-        rows = metrics_rows("test", truth["31"], np.asarray(predicted), clusters["31"], all_clusters=range(-1, 3))
-        files = {"metrics.parquet": metrics_table(rows)}
-        record = Record(
-            "train", folder, f"{folder}-1", {"encoder": "dino", "map": "map"}, {}, seconds=3.0, units_computed=1
-        )
-        publish(cohort.store, cohort.classifier(folder), {**files, "model.skops": model.to_bytes()}, record)
 
 
 def write_results(cohort: Cohort) -> None:
@@ -127,7 +100,7 @@ def finished(faked: ModuleType, tmp_path_factory: pytest.TempPathFactory, ray_cl
     """A cohort in which every stage has run, with one unit set aside, and its report."""
     root = tmp_path_factory.mktemp("finished")
     cohort, patients = faked.fake_cohort(root / "cohort", num_cells=150)
-    train_faked(cohort, patients, faked)
+    faked.train_faked(cohort, patients)
     write_results(cohort)
     write_failures(
         cohort.store, "segment", "12", [FailureRow("12/<i>p7</i>.tif", "CartridgeError", "truncated & short")]
