@@ -98,7 +98,17 @@ def train_segmenter(
     from ctc_ray.segment.train_segmenter import run_train_segmenter
 
     settings = load_config(config, set_ or ())
-    print_result(run_train_segmenter(settings, images, masks, out, progress=Progress()))
+    trained = run_train_segmenter(settings, images, masks, out, progress=Progress())
+    print_result(
+        StageResult(
+            stage="train-segmenter",
+            units_computed=trained.steps_now,
+            units_reused=trained.steps - trained.steps_now,
+            counts={"images": trained.images, "held_out_images": trained.held_out},
+            paths=(str(trained.out),),
+            seconds=trained.seconds,
+        )
+    )
 
 
 @app.command("import-encoder")
