@@ -27,6 +27,7 @@ from ctc_ray.pretrain.encoder import (
     EncoderSpec,
     decode_spec,
     read_folder,
+    verify,
 )
 from ctc_ray.pretrain.measure import worker_precision
 from ctc_ray.pretrain.precision import default_device
@@ -151,7 +152,11 @@ def _encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
         return decode_spec(description, str(DEFAULT_FOLDER))
     folder = cohort.encoder(encoder)
     cohort.require(folder, "pretrain")
-    return decode_spec(cohort.store.read_bytes(f"{folder}/{DESCRIPTION_FILE}"), cohort.store.describe(folder))
+    where = cohort.store.describe(folder)
+    spec = decode_spec(cohort.store.read_bytes(f"{folder}/{DESCRIPTION_FILE}"), where)
+    # Here and not in the actors, where a damaged file would only look like an actor that cannot start.
+    verify(spec, cohort.store.read_bytes(f"{folder}/{WEIGHTS_FILE}"), where)
+    return spec
 
 
 def _load_embedder(store: Store, section: EmbedConfig, precision: str) -> Embedder:

@@ -166,6 +166,19 @@ def decode_spec(description: bytes, where: str) -> EncoderSpec:
         raise WeightsError(msg) from error
 
 
+def verify(spec: EncoderSpec, weights: bytes, where: str) -> None:
+    """Check that weights and description belong together.
+
+    Raises:
+        WeightsError: one of them was changed or damaged.
+    """
+    if fingerprint_of(spec, weights) != spec.fingerprint:
+        raise WeightsError(
+            f"{where}: weights and description do not belong together (fingerprint {spec.fingerprint}): copy both again, "
+            "or write the encoder again"
+        )
+
+
 def decode_encoder(weights: bytes, description: bytes, where: str) -> tuple[nn.Module, EncoderSpec]:
     """Rebuild an encoder from its two files.
 
@@ -176,11 +189,7 @@ def decode_encoder(weights: bytes, description: bytes, where: str) -> tuple[nn.M
         WeightsError: a damaged file, or weights of another architecture.
     """
     spec = decode_spec(description, where)
-    if fingerprint_of(spec, weights) != spec.fingerprint:
-        msg = (
-            f"{where}: weights and description do not belong together (fingerprint {spec.fingerprint}); copy both again"
-        )
-        raise WeightsError(msg)
+    verify(spec, weights, where)
     try:
         state = safetensors.torch.load(weights)
     except safetensors.SafetensorError as error:
