@@ -3,8 +3,9 @@
     python benchmarks/phantom_difficulty.py [--encoder default|features|FOLDER] [--unlabelled N] [--json PATH] [--map PATH]
 
 The sets have the sizes of the paper (1,509 CTCs and 1,129 others to train, 1,214 and 1,559 to test, of different patients).
-PCA, SVM, UMAP and HDBSCAN have the parameters of the reference implementation, except that HDBSCAN's `min_samples` of 90 for
-51,085 points is scaled to the number of points here, because the density of a map scales with it.
+PCA, SVM, UMAP and HDBSCAN have the parameters of the reference implementation, except HDBSCAN's epsilon. Fewer points than the
+paper's 51,085 lie further apart: epsilon, a length in the plane, grows by the square root of that ratio and so keeps its meaning
+in neighbours, while `min_samples` stays at 90, because the noise of a density estimate depends on the count alone.
 """
 
 import argparse
@@ -98,9 +99,9 @@ def measure_clusters(
     points = np.concatenate([test_pca, pool_pca])
     reducer = umap.UMAP(n_neighbors=200, min_dist=0.8, random_state=42).fit(train_pca)
     plane = reducer.transform(points)
-    min_samples = max(round(90 * len(points) / PAPER_POINTS), 5)
+    epsilon = 0.25 * max(PAPER_POINTS / len(points), 1.0) ** 0.5
     cluster = hdbscan.HDBSCAN(
-        min_cluster_size=15, min_samples=min_samples, cluster_selection_method="leaf", cluster_selection_epsilon=0.25
+        min_cluster_size=15, min_samples=90, cluster_selection_method="leaf", cluster_selection_epsilon=epsilon
     ).fit_predict(plane)
     rows = []
     for number in sorted(set(cluster.tolist())):
@@ -124,7 +125,7 @@ def measure_clusters(
         "weakest_f1": min(weakest) if weakest else None,
         "accuracy_by_kind": by_kind,
         "by_cluster": rows,
-        "hdbscan_min_samples": min_samples,
+        "hdbscan_epsilon": round(epsilon, 3),
     }
     where = {"plane": plane, "cluster": cluster, "kind": np.concatenate([kind, pool_kind])}
     return figures, {**where, "wrong": np.concatenate([called != label, np.zeros(len(pool), bool)])}

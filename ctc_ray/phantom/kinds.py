@@ -80,13 +80,13 @@ class Profile:
 
 
 _OTHERS = {
-    CellKind.LEUKOCYTE: 0.575,
-    CellKind.DENSE_DAPI_LEUKOCYTE: 0.09,
+    CellKind.LEUKOCYTE: 0.55,
+    CellKind.DENSE_DAPI_LEUKOCYTE: 0.11,
     CellKind.POINT_EVENT: 0.16,
-    CellKind.DOUBLE: 0.09,
-    CellKind.DEBRIS: 0.05,
+    CellKind.DOUBLE: 0.08,
+    CellKind.DEBRIS: 0.06,
     CellKind.SHINE_THROUGH: 0.015,
-    CellKind.SMEAR: 0.02,
+    CellKind.SMEAR: 0.025,
 }
 
 
@@ -99,8 +99,8 @@ def _mix(ctc: float, ctc_in_dense: float) -> Mapping[CellKind, float]:
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         # 175 fields of 84 CK objects are the 14,700 objects a patient of the paper; CTCs are 1-2 % of them.
-        "paper": Profile(name="paper", num_fields=175, kind_weights=_mix(0.0165, 0.0025)),
+        "paper": Profile(name="paper", num_fields=175, kind_weights=_mix(0.0165, 0.0012)),
         # The same cells, richer in CTCs, so that a few fields hold enough labels of both classes.
-        "demo": Profile(name="demo", num_fields=6, kind_weights=_mix(0.19, 0.03), ctc_spread=0.15),
+        "demo": Profile(name="demo", num_fields=6, kind_weights=_mix(0.205, 0.015), ctc_spread=0.15),
     }
 )

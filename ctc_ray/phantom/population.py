@@ -58,12 +58,12 @@ _LEUKOCYTE_LOBES: tuple[int, int] = (1, 3)
 APPEARANCES: dict[CellKind, Appearance] = {
     # Size: breast CTCs, median 12.4 um; leukocytes 9.4 um (PMC7782084).
     CellKind.CTC: Appearance(
-        diameter_um=(12.4, 0.28), dapi=(1000.0, 0.55), ck=(1200.0, 0.85), axis_ratio=(1.0, 1.6), nucleus=(0.4, 0.8)
+        diameter_um=(12.4, 0.28), dapi=(1000.0, 0.5), ck=(1900.0, 0.7), axis_ratio=(1.0, 1.6), nucleus=(0.4, 0.8)
     ),
     CellKind.CTC_IN_DENSE_DAPI: Appearance(
         diameter_um=(12.4, 0.28),
         dapi=(850.0, 0.5),
-        ck=(330.0, 0.6),
+        ck=(420.0, 0.6),
         axis_ratio=(1.0, 1.7),
         nucleus=(0.45, 0.8),
         defocus_px=(0.4, 2.0),
@@ -71,8 +71,8 @@ APPEARANCES: dict[CellKind, Appearance] = {
     CellKind.LEUKOCYTE: Appearance(
         diameter_um=(9.4, 0.14),
         dapi=(1100.0, 0.4),
-        ck=(140.0, 0.6),
-        cd45=(110.0, 0.75),
+        ck=(140.0, 0.55),
+        cd45=(140.0, 0.7),
         nucleus=(0.6, 0.85),
         lobes=_LEUKOCYTE_LOBES,
         lobe_spread=(0.15, 0.65),
@@ -138,7 +138,7 @@ APPEARANCES: dict[CellKind, Appearance] = {
         diameter_um=(9.0, 0.4),
         dapi=(60.0, 1.2),
         ck=(100.0, 0.9),
-        haze=(150.0, 0.8),
+        haze=(170.0, 0.8),
         axis_ratio=(1.0, 2.6),
         irregularity=(0.4, 1.0),
         ck_grain=(0.3, 0.9),
@@ -148,7 +148,7 @@ APPEARANCES: dict[CellKind, Appearance] = {
         diameter_um=(23.0, 0.25),
         dapi=(40.0, 1.0),
         ck=(80.0, 0.9),
-        haze=(150.0, 0.7),
+        haze=(170.0, 0.7),
         irregularity=(0.3, 0.8),
         ck_grain=(0.3, 0.7),
         defocus_px=(0.5, 2.5),
