@@ -75,15 +75,9 @@ def import_labels(
     events = _events(kept, reader, name, identity)
     events = _with_digests(cohort, events, progress)
     write_batch(cohort, batch, events_table(events), identity=identity, force=force)
-    rows = [
-        FailureRow(
-            f"{file} row {row['number']}", "LabelError", f"no cell within {MATCH_RADIUS_PX:g} px of {_where(row)}"
-        )
-        for row in lost.iter_rows(named=True)
-    ]
-    write_failures(cohort.store, STAGE, batch, rows)
+    write_failures(cohort.store, STAGE, batch, [_failure(file, row) for row in lost.iter_rows(named=True)])
     counts = {label: sum(event.label == label for event in events) for label in LABELS}
-    return StageResult(STAGE, 1, 0, len(rows), counts, (path,), time.monotonic() - started)
+    return StageResult(STAGE, 1, 0, lost.height, counts, (path,), time.monotonic() - started)
 
 
 def export_labels(cohort: Cohort, file: str | Path) -> StageResult:
@@ -266,5 +260,6 @@ def _with_digests(cohort: Cohort, events: list[LabelEvent], progress: Progress |
     return [replace(event, crop_sha=digests[event.cell_id]) for event in events]
 
 
-def _where(row: dict[str, object]) -> str:
-    return f"patient {row['patient']}, field {row['field']}, row {row['row']}, col {row['col']}"
+def _failure(file: str, row: dict[str, object]) -> FailureRow:
+    where = f"patient {row['patient']}, field {row['field']}, row {row['row']}, col {row['col']}"
+    return FailureRow(f"{file} row {row['number']}", "LabelError", f"no cell within {MATCH_RADIUS_PX:g} px of {where}")

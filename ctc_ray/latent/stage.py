@@ -73,12 +73,7 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
     digest = models_digest(cohort, settings)
     units = _units(cohort, settings, digest)
     todo = [patient for patient, (_, state) in units.items() if state is not State.COMPLETE]
-    stale = [patient for patient in todo if units[patient][1] is State.STALE]
-    if stale and not force:
-        raise StaleOutputError(
-            f"patients {', '.join(stale)} were embedded anew since they were placed on {cohort.store.describe(folder)}: "
-            "run again with --force to place them again"
-        )
+    _refuse_stale([patient for patient in todo if units[patient][1] is State.STALE], cohort, folder, force=force)
     calls = [(cohort.store, settings, patient, digest, units[patient][0]) for patient in todo]
     cells = sum(
         number
@@ -93,6 +88,14 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
         paths=(folder,),
         seconds=time.monotonic() - started,
     )
+
+
+def _refuse_stale(stale: list[str], cohort: Cohort, folder: str, *, force: bool) -> None:
+    if stale and not force:
+        raise StaleOutputError(
+            f"patients {', '.join(stale)} were embedded anew since they were placed on {cohort.store.describe(folder)}: "
+            "run again with --force to place them again"
+        )
 
 
 def plan_map(config: RunConfig, cohort: Cohort) -> list[PlanRow]:

@@ -171,3 +171,17 @@ def test_training_in_ray_equals_one_process(copied: Cohort, ray_cluster: None) -
     record = read_record(copied.store, "classifiers/svm")
     assert record is not None
     assert record.workers[0]["node"] != "local"
+
+
+@pytest.mark.ray
+def test_error_of_a_worker_comes_out_as_it_was_raised(copied: Cohort, tmp_path: Path, ray_cluster: None) -> None:
+    for path in copied.store.list_files("labels"):
+        copied.store.delete(path)
+    file = tmp_path / "one.csv"
+    cells = copied.read_columns("cells/007", ["cell_id"])["cell_id"].to_pylist()[:9]
+    pl.DataFrame({"cell_id": cells, "label": ["ctc"] * 9}).write_csv(file)
+    import_labels(copied, file, reader="anna")
+    with pytest.raises(LabelError, match="9 CTCs and 0 others") as caught:
+        run_train(CONFIG.model_copy(update={"train": TrainConfig(name="other")}), copied)
+    assert type(caught.value) is LabelError
+    assert "\n" not in str(caught.value)
