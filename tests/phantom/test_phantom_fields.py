@@ -58,7 +58,7 @@ def test_field_sixteen_bits_hold_the_same_counts(right: PhantomField) -> None:
 
 def test_cells_in_the_overlap_are_in_both_fields_with_one_physical_id(left: PhantomField, right: PhantomField) -> None:
     both = left.truth.join(right.truth, on="physical_id", suffix="_right")
-    assert both.height >= 3
+    assert both.height >= 1
     step = 1384 - 10
     assert np.allclose(both["col"], both["col_right"] + step, atol=1e-3)
     assert np.allclose(both["row"], both["row_right"], atol=1e-3)
