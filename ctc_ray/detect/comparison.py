@@ -161,19 +161,31 @@ def describe_events(given: PatientInput) -> pl.DataFrame:
     return pl.concat([given.events.with_columns(patient=pl.lit(given.patient)), nearest], how="horizontal")
 
 
+def shared_ctcs(given: PatientInput, matched: pl.DataFrame) -> pl.DataFrame:
+    """Matches of CTC events with a candidate that is a CTC, or that nobody has judged.
+
+    A box of CellSearch can hold a CTC and its neighbour; where only the neighbour is a candidate, the CTC was not found.
+
+    Returns:
+        Rows of `match_events`.
+    """
+    refuted = given.judgements.filter(~pl.col("is_ctc"))
+    ctc_events = given.events.filter("is_ctc")
+    return matched.join(ctc_events, on="event_id", how="semi").join(refuted, on="cell_id", how="anti")
+
+
 def summarise_patient(given: PatientInput, matched: pl.DataFrame, described: pl.DataFrame) -> dict[str, Any]:
     """Make one row of the paper's Table 2 with the overlap of the two systems.
 
     `num_model_ctc` counts the judged candidates that are CTCs and `model_ppv` is their share of `num_judged`: both null where
-    nothing is judged. `num_both` counts CTC events that a candidate matches, `num_cellsearch_only` those that none matches: they
-    add up to `num_cellsearch_ctc`. `num_model_only` counts CTC candidates that match no CTC event.
+    nothing is judged. `num_both` counts CTC events that `shared_ctcs` finds, `num_cellsearch_only` the others: they add up to
+    `num_cellsearch_ctc`. `num_model_only` counts CTC candidates that match no CTC event.
     `num_cellsearch_ctc_segmented` counts CTC events where a cell was segmented at all.
     """
-    ctc_events = set(given.events.filter("is_ctc")["event_id"])
-    hit = matched.filter(pl.col("event_id").is_in(list(ctc_events)))
+    hit = shared_ctcs(given, matched)
     judged = given.judgements.join(given.candidates.select("cell_id"), on="cell_id", how="semi")
     ctc_candidates = set(judged.filter("is_ctc")["cell_id"])
-    num_judged, num_events, num_ctc = judged.height, given.events.height, len(ctc_events)
+    num_judged, num_events, num_ctc = judged.height, given.events.height, int(given.events["is_ctc"].sum())
     segmented = described.filter(pl.col("is_ctc") & pl.col("nearest_cell_id").is_not_null()).height
     return {
         "patient": given.patient,
@@ -198,7 +210,7 @@ def sensitivity_rows(given: PatientInput, *, tolerance_px: float, min_overlap: f
         matched = match_events(
             given.candidates, given.detections, given.events, tolerance_px=tolerance, min_overlap=min_overlap
         )
-        ctc = matched.join(given.events.filter("is_ctc"), on="event_id", how="semi")
+        ctc = shared_ctcs(given, matched)
         rows.append(
             {
                 "patient": given.patient,

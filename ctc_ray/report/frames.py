@@ -208,14 +208,16 @@ def _empty(flag: str, kind: Any, text: str) -> pl.DataFrame:
 
 
 def missed_events_frame(cohort: Cohort, config: RunConfig) -> pl.DataFrame | None:
-    """CellSearch's CTCs that no candidate matches, with the cell that was segmented there and its probability."""
+    """CellSearch's CTCs that no candidate matches, or only one that is no CTC, with the cell segmented there."""
     folder = cohort.detection(config.compare.name)
     events = read_output(cohort, folder, "events.parquet")
     matches = read_output(cohort, folder, "matches.parquet")
     if events is None or matches is None:
         return None
-    missed = matches.filter((pl.col("found_by") == "cellsearch") & pl.col("event_is_ctc")).select("patient", "event_id")
-    return events.join(missed, on=["patient", "event_id"], how="semi").sort("patient", "event_id")
+    judged = read_output(cohort, folder, "judgements.parquet")
+    refuted = [] if judged is None else judged.filter(~pl.col("is_ctc"))["cell_id"].to_list()
+    shared = matches.filter((pl.col("found_by") == "both") & ~pl.col("cell_id").is_in(refuted))
+    return events.filter("is_ctc").join(shared, on=["patient", "event_id"], how="anti").sort("patient", "event_id")
 
 
 def inputs_of(records: dict[str, list[Record]], extra: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -280,7 +280,7 @@ def real_field(data: ReportData) -> Section:
     picture = base64.b64encode(data.real_field_png).decode()
     caption = (
         f"{row['num_found']:,} instances found, {row['num_true']:,} in the reference mask; AP@0.5 = {ap50} "
-        f"(true positives over true, found and missed). Source: {row['source']}"
+        f"(true positives over the sum of true positives, false ones and misses). Source: {row['source']}"
     )
     html = (
         f'<figure class="field"><img src="data:image/png;base64,{picture}" alt="{escape(alt)}">'

@@ -11,7 +11,7 @@ from ctc_ray.labels.consensus import read_labels
 from ctc_ray.report import frames
 from ctc_ray.report.figures import cluster_name
 from ctc_ray.report.latent_points import latent_points
-from ctc_ray.report.markup import count, fraction
+from ctc_ray.report.markup import count, fraction, plural
 
 
 def print_summary(cohort: Cohort, config: RunConfig, *, console: Console | None = None) -> None:
@@ -24,7 +24,7 @@ def print_summary(cohort: Cohort, config: RunConfig, *, console: Console | None 
     """
     target = console or Console(highlight=False)
     patients = frames.patients_frame(cohort, config)
-    target.print(f"\n{count(patients['num_cells'].sum())} cells of {patients.height} patients", markup=False)
+    target.print(f"\n{count(patients['num_cells'].sum())} cells of {plural(patients.height, 'patient')}", markup=False)
     for table in (_clusters(cohort, config), _strategies(cohort, config), _cellsearch(cohort, config)):
         if table is not None:
             target.print()

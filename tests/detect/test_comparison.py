@@ -95,6 +95,12 @@ def test_summarise_patient_no_events_has_no_predictive_value() -> None:
     assert (row["cellsearch_ppv"], row["num_events"], row["num_model_only"]) == (None, 0, 2)
 
 
+def test_summarise_patient_ctc_event_matched_by_a_neighbour_that_is_no_ctc_is_missed() -> None:
+    row = _row(_case(judgements=_judged(a=False, b=True, c=False)))
+    assert (row["num_both"], row["num_model_only"], row["num_cellsearch_only"]) == (0, 1, 3)
+    assert row["num_both"] + row["num_model_only"] == row["num_model_ctc"]
+
+
 def test_matches_frame_every_object_appears_with_its_finder() -> None:
     case = _case()
     frame = matches_frame(case, match_events(case.candidates, case.detections, case.events, **RULE))

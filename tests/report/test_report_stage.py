@@ -187,7 +187,7 @@ def test_print_summary_empty_cohort_prints_what_is_known(tmp_path: Path) -> None
     cohort.add_patients({"007": "y"})
     sink = StringIO()
     print_summary(cohort, RunConfig(), console=Console(file=sink, width=100))
-    assert "0 cells of 1 patients" in sink.getvalue()
+    assert "0 cells of 1 patient\n" in sink.getvalue()
 
 
 def test_run_report_damaged_page_is_written_again(tmp_path: Path) -> None:
