@@ -25,6 +25,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core prints hints for its developers among our lines; its log files keep them
 }
 
 
@@ -77,7 +78,9 @@ def connect(address: str | None = None, config: RayConfig | None = None) -> Iter
 def _bound_data_blocks() -> None:
     """Set Ray Data up for pixel columns: small blocks, so that nothing spills, and a stalled plan that fails in minutes."""
     import ray
+    from ray.util.debug import log_once
 
+    log_once("ray_data_progress_manager_disabled")  # says once that bars are off: they are, ours stand in their place
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 32 * 2**20
     context.enable_progress_bars = False
