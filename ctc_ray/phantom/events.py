@@ -13,7 +13,7 @@ from scipy import ndimage
 from ctc_ray.phantom.kinds import CTC_KINDS
 from ctc_ray.phantom.objects import FloatArray
 
-CK_THRESHOLD = 250.0
+CK_THRESHOLD = 280.0
 """Counts of CK above which a pixel belongs to an event."""
 DAPI_THRESHOLD = 300.0
 """Counts of DAPI that must occur within the CK signal for the event to be listed."""

@@ -63,7 +63,7 @@ APPEARANCES: dict[CellKind, Appearance] = {
     CellKind.CTC_IN_DENSE_DAPI: Appearance(
         diameter_um=(12.4, 0.28),
         dapi=(850.0, 0.5),
-        ck=(420.0, 0.6),
+        ck=(650.0, 0.65),
         axis_ratio=(1.0, 1.7),
         nucleus=(0.45, 0.8),
         defocus_px=(0.4, 2.0),
