@@ -232,15 +232,15 @@ def test_segment_killed_in_the_middle_and_run_again_equals_an_uninterrupted_run(
         command = [sys.executable, "-c", RUN, str(tmp_path / name), cartridges, str(bright_spot_weights)]
         return subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"RAY_AUTH_MODE": "disabled"})
 
-    assert start("whole").wait(timeout=300) == 0
+    assert start("whole").wait(timeout=600) == 0
     parts = tmp_path / "killed" / "cells" / "A" / "_parts"
     process = start("killed")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and len(list(parts.rglob("field-*.parquet"))) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
-    assert start("killed").wait(timeout=300) == 0
+    assert start("killed").wait(timeout=600) == 0
     whole, killed = (Cohort.open(str(tmp_path / name)) for name in ("whole", "killed"))
     record = read_record(killed.store, "cells/A")
     assert record is not None
