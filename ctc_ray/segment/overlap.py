@@ -22,7 +22,7 @@ MIN_OVERLAP_PX = 6
 MAX_SHEAR_PX = 2
 """Neighbours may be shifted this much along their seam."""
 MIN_CORRELATION = 0.35
-"""Mean over the seams; phantom fields give 0.9 at their overlap and 0.25 at most where there is none."""
+"""Mean over the seams; phantom fields give 0.9 and more at their overlap."""
 MIN_EVIDENCE = 12.0
 """Mean correlation x root of the number of a strip's pixels; unrelated strips stay below about 5."""
 MAX_SEAMS = 12
@@ -59,13 +59,13 @@ def seam_correlation(first: np.ndarray, second: np.ndarray) -> FloatArray:
 
     Returns:
         (MAX_OVERLAP_PX + 1,) float32, -1 to 1: for an overlap of d columns the correlation of both strips, best over shears;
-        zero below `MIN_OVERLAP_PX`.
+        zero below `MIN_OVERLAP_PX` - 1.
     """
     limit = min(MAX_OVERLAP_PX, first.shape[1] - 1)
     one, other = _flattened(first[:, -limit:]), _flattened(second[:, :limit])
     correlation = np.zeros(MAX_OVERLAP_PX + 1, dtype=np.float32)
     height = one.shape[0]
-    for overlap in range(MIN_OVERLAP_PX, limit + 1):
+    for overlap in range(MIN_OVERLAP_PX - 1, limit + 1):
         left, right = one[:, limit - overlap :], other[:, :overlap]
         for shear in range(-MAX_SHEAR_PX, MAX_SHEAR_PX + 1):
             above = left[max(0, shear) : height + min(0, shear)]
@@ -89,9 +89,11 @@ def overlap_from(correlations: Sequence[FloatArray], seam_px: int) -> int:
     if not correlations:
         return 0
     mean = np.mean(correlations, axis=0)
-    best = int(np.argmax(mean))
+    best = MIN_OVERLAP_PX + int(np.argmax(mean[MIN_OVERLAP_PX:]))
+    # Fields that abut share the nuclei on their border: the correlation then rises towards an overlap of zero.
+    is_peak = mean[best] > mean[best - 1]
     certain = mean[best] >= MIN_CORRELATION and mean[best] * np.sqrt(best * seam_px) >= MIN_EVIDENCE
-    return best if certain else 0
+    return best if is_peak and certain else 0
 
 
 def _flattened(strip: np.ndarray) -> FloatArray:

@@ -28,9 +28,6 @@ def test_default_weights_on_the_real_field_of_the_stardist_package(record_proper
     found = StarDist.load(precision="fp32").predict(image)
     score = average_precision([mask.astype(np.int32)], [found.labels], iou=0.5)
     record_property("ap50", score)  # type: ignore[operator]
-    print(
-        f"AP@0.5 on the stardist package's example field: {score:.3f} ({len(found)} instances, {mask.max()} in the mask)"
-    )
     assert score > 0.70
 
 

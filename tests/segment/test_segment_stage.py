@@ -236,7 +236,9 @@ def test_segment_killed_in_the_middle_and_run_again_equals_an_uninterrupted_run(
     parts = tmp_path / "killed" / "cells" / "A" / "_parts"
     process = start("killed")
     deadline = time.monotonic() + 400
-    while time.monotonic() < deadline and len(list(parts.rglob("field-*.parquet"))) < 3:
+    while len(list(parts.rglob("field-*.parquet"))) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run finished no field"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
