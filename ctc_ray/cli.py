@@ -67,6 +67,7 @@ def phantom(
     profile: Annotated[str | None, typer.Option("--profile", help="paper or demo.")] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
+    force: Force = False,
 ) -> None:
     """Write synthetic cartridges in the CellSearch layout, with ground truth."""
     from ctc_ray.phantom import write_phantom
@@ -74,7 +75,7 @@ def phantom(
     given = {"patients": patients, "fields": fields, "seed": seed, "profile": profile}
     overrides = [f"phantom.{name}={value}" for name, value in given.items() if value is not None]
     settings = load_config(config, [*(set_ or ()), *overrides])
-    result = write_phantom(settings.phantom, out, progress=Progress())
+    result = write_phantom(settings.phantom, out, progress=Progress(), force=force)
     print_result(
         StageResult(
             stage="phantom",

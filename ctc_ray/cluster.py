@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -60,9 +61,9 @@ def connect(address: str | None = None, config: RayConfig | None = None) -> Iter
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on loopback needs no token file
             cpus = settings.num_cpus or max(os.cpu_count() or 1, _MIN_LOGICAL_CPUS)
-            ray.init(
-                num_cpus=cpus, include_dashboard=False, object_store_memory=settings.object_store_mb * 2**20, **quiet
-            )
+            store_bytes = settings.object_store_mb * 2**20
+            with _hidden_native_stderr():
+                ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {target}" if target else "a Ray cluster on this machine"
         raise ResourceError(
@@ -73,6 +74,20 @@ def connect(address: str | None = None, config: RayConfig | None = None) -> Iter
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _hidden_native_stderr() -> Iterator[None]:
+    """Hide what Ray's C++ core prints while it starts: its errors come as exceptions, its log files keep the rest."""
+    sys.stderr.flush()
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
 
 
 def _bound_data_blocks() -> None:

@@ -122,7 +122,7 @@ def segment(
             retry_failed=retry_failed,
             progress=s.progress,
         ),
-        lambda s: plan_segment(s.config, s.cohort, cartridges=cartridges, patients=names),
+        lambda s: plan_segment(s.config, s.cohort, cartridges=cartridges, patients=names, retry_failed=retry_failed),
         create=True,
     )
 

@@ -202,7 +202,7 @@ def _begin(
             differing = sorted(key for key in wanted if found.get("settings", {}).get(key) != wanted[key])
             raise StaleOutputError(
                 f"{store.describe()} holds phantom cartridges of other settings ({', '.join(differing)} differ): "
-                "choose another folder, or remove that one first"
+                "choose another folder, or replace it with --force"
             )
         for name in found.get("patient_ids", []):
             store.delete_folder(check_patient_id(name))
