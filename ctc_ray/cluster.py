@@ -63,7 +63,8 @@ def connect(address: str | None = None, config: RayConfig | None = None) -> Iter
             cpus = settings.num_cpus or max(os.cpu_count() or 1, _MIN_LOGICAL_CPUS)
             store_bytes = settings.object_store_mb * 2**20
             with _hidden_native_stderr():
-                ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes, **quiet)
+                # "local": never join a cluster that happens to run on this machine; --address does that.
+                ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {target}" if target else "a Ray cluster on this machine"
         raise ResourceError(

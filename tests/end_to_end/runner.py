@@ -67,8 +67,9 @@ def kill_when(ready: Callable[[], bool], *words: str, timeout_s: float = 300) ->
             assert time.monotonic() < deadline, "the command never reached the point where it should be killed"
             time.sleep(0.02)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
     time.sleep(5)  # Ray's processes notice that their driver is gone
 
 
