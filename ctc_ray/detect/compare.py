@@ -166,7 +166,8 @@ def run_compare(
 ) -> StageResult:
     """Compare a detection run with CellSearch: matches, the paper's Table 2, and how far both depend on the tolerance.
 
-    Patients that were compared before, and whose inputs are the same, keep their rows; new ones are added.
+    Patients that were compared before keep their rows where their inputs are the same, or where `cellsearch` has no folder of
+    theirs (cartridges that came in several deliveries); new ones are added.
 
     Args:
         config: section `compare` is used.
@@ -254,13 +255,17 @@ def _find_work(config: CompareConfig, cohort: Cohort, cellsearch: Store, *, forc
     kept: dict[str, str] = {}
     failures: dict[str, FailureRow] = {}
     stale: list[str] = []
+    here = {patient for patient in patients if cellsearch.exists(patient)}
     for patient in patients:
+        known = former.inputs.get(patient) if former else None
+        if here and patient not in here and known is not None and same_settings and not force:
+            kept[patient] = known  # compared before, from another folder of cartridges
+            continue
         try:
             unit = _unit(cohort, config, cellsearch, patient, truth.get(patient), labels.get(patient))
         except CtcRayError as error:
             failures[patient] = _failure(cellsearch, patient, error)
             continue
-        known = former.inputs.get(patient) if former else None
         if known == unit.digest and same_settings and not force:
             kept[patient] = unit.digest
             continue

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -148,6 +149,12 @@ def test_run_compare_faked_cohort_writes_tables_and_resumes(
     third = run_compare(config, place, cellsearch=str(cellsearch), progress=QUIET)
     assert (third.units_computed, third.units_reused) == (0, 2)
     assert [row.state for row in plan_compare(config, place, cellsearch=str(cellsearch))] == [State.COMPLETE] * 2
+
+    delivery = faked.write_cellsearch(tmp_path / "one delivery", {FINAL[0]: patients[FINAL[0]]})
+    shutil.copy(cellsearch / "truth.parquet", delivery / "truth.parquet")
+    fourth = run_compare(config, place, cellsearch=str(delivery), progress=QUIET)
+    assert (fourth.units_computed, fourth.units_reused, fourth.set_aside) == (0, 2, 0)
+    assert _tables(place, folder)["ppv"].equals(tables["ppv"])
 
 
 @pytest.mark.ray
