@@ -28,6 +28,8 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
     port = _free_port()
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     options = ["--num-cpus=4", f"--port={_free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
+    # Another cluster on this machine (the session's own) holds the default ports of the agent that starts jobs.
+    options += [f"--dashboard-agent-listen-port={_free_port()}", f"--dashboard-agent-grpc-port={_free_port()}"]
     head = subprocess.Popen(
         [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *options],
         env=environment,
