@@ -257,8 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     try:
         app(args=words, prog_name="ctc-ray")
-    # The last line of defence: whatever happens, a user reads one message, and --debug shows the rest.
-    except Exception as error:  # noqa: BLE001 - see above
+    except Exception as error:  # noqa: BLE001 - last line of defence: a user reads one message, --debug shows the rest
         if debug:
             traceback.print_exc()
         cause = _root_cause(error)

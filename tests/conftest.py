@@ -12,8 +12,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -40,3 +43,17 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster with four logical CPUs."""
     with connect(config=RayConfig(num_cpus=4, object_store_mb=200)):
         yield
+
+
+@pytest.fixture(scope="session")
+def mixture() -> ModuleType:
+    """The module `tests/mixture_cohort.py`, which writes cohorts from a seeded mixture."""
+    name = "mixture_cohort"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+        if spec is None or spec.loader is None:
+            raise ImportError(name)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
