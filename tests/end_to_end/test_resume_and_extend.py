@@ -1,5 +1,6 @@
 """A killed run continues and equals an uninterrupted one; new patients cost only themselves; bad input loses nothing."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -92,7 +93,11 @@ def test_two_new_patients_cost_only_themselves(demo: Demo, tmp_path: Path) -> No
         run = ctc_ray(*command, *config)
         assert run.code == 0, f"{command[0]} ended with {run.code}: {run.err[-3000:]}"
         if command[0] in ("segment", "embed", "detect"):
-            assert f"{command[0]}: {4 if command[0] == 'segment' else 2} computed" in run.out, run.out
+            # A unit is a field for segment, up to 50 cells of a shard for embed (jobs/configs/demo.yaml), a patient for detect.
+            shards = [path for patient in ids for path in (cohort / "cells" / patient).glob("part-*.parquet")]
+            slices = sum(math.ceil(pl.read_parquet(path, columns=["cell_id"]).height / 50) for path in shards)
+            units = {"segment": 4, "embed": slices, "detect": 2}[command[0]]
+            assert f"{command[0]}: {units} computed" in run.out, run.out
         if command[0] == "train":
             assert "0 computed" in run.out, run.out
     assert {path: path.read_bytes() for path in before} == before
