@@ -1,78 +1,21 @@
-"""Training patches: image and mask pairs from folders, seeded sampling and augmentation."""
+"""Training patches: which images are held out, seeded sampling and augmentation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from skimage.io import imread
 
-from ctc_ray.errors import CartridgeError, MissingInputError
 from ctc_ray.segment.instances import FloatArray
+from ctc_ray.segment.training_images import Pair
 
-IMAGE_SUFFIXES = (".png", ".tif", ".tiff")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One training image.
-
-    Attributes:
-        name: file stem.
-        image: (H, W), any real dtype, not normalised.
-        labels: (H, W) int32, 0 background.
-        low: grey level that normalisation takes to 0 (1 % percentile).
-        high: grey level that normalisation takes to 1 (99.8 % percentile).
-    """
-
-    name: str
-    image: np.ndarray
-    labels: npt.NDArray[np.int32]
-    low: float
-    high: float
+PairT = TypeVar("PairT")
 
 
-def read_pairs(images: Path, masks: Path) -> list[Pair]:
-    """Read images and the masks of the same stem, sorted by name.
-
-    Args:
-        images: folder of single-channel PNG or TIFF files.
-        masks: folder with one label image (0 background) for each of them.
-
-    Raises:
-        MissingInputError: a folder holds no images, or a mask is missing.
-        CartridgeError: a file cannot be read, or a mask has another shape than its image.
-    """
-    found = {path.stem: path for path in sorted(images.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
-    labelled = {path.stem: path for path in sorted(masks.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
-    if not found:
-        raise MissingInputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {images}")
-    missing = sorted(found.keys() - labelled.keys())
-    if missing:
-        raise MissingInputError(
-            f"{len(missing)} images of {images} have no mask in {masks}, for example {missing[0]!r}"
-        )
-    return [_read_pair(path, labelled[stem]) for stem, path in found.items()]
-
-
-def _read_pair(image_path: Path, mask_path: Path) -> Pair:
-    try:
-        image, labels = np.asarray(imread(image_path)), np.asarray(imread(mask_path))
-    except (OSError, ValueError) as error:
-        raise CartridgeError(f"{image_path} or its mask {mask_path} cannot be read: {error}") from error
-    if image.ndim != 2 or image.shape != labels.shape:
-        raise CartridgeError(
-            f"{image_path} has shape {image.shape}, its mask {labels.shape}; both must be the same (H, W)"
-        )
-    low, high = np.percentile(image, [1.0, 99.8])
-    return Pair(image_path.stem, image, labels.astype(np.int32), float(low), float(high))
-
-
-def split_pairs(pairs: Sequence[Pair], *, fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(pairs: Sequence[PairT], *, fraction: float, seed: int) -> tuple[list[PairT], list[PairT]]:
     """Hold out a seeded part of the pairs for thresholds and progress; at least one pair stays on either side."""
     order = np.random.default_rng([seed, 1]).permutation(len(pairs))
     num_held = min(max(1, round(fraction * len(pairs))), len(pairs) - 1) if len(pairs) > 1 else 0

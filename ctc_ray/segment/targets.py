@@ -55,6 +55,7 @@ def star_loss(
     *,
     dist_weight: float = 0.2,
     background_weight: float = 1e-4,
+    foreground_mean: torch.Tensor | None = None,
 ) -> Loss:
     """The published loss: cross-entropy of the probability, and the distances' absolute error where objects are.
 
@@ -65,11 +66,15 @@ def star_loss(
         target_dist: (N, n_rays, H', W').
         dist_weight: weight of the distances beside the probability (weight 1).
         background_weight: weight of the distances predicted in the background.
+        foreground_mean: scalar, mean of `target_prob` over the whole batch, where this is a share of one; the mean of the
+            shares' losses then is the batch's loss.
 
     Source: stardist `Config2D` (`train_loss_weights` (1, 0.2), `train_background_reg` 1e-4, `train_dist_loss` mae).
     """
     prob_loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target_prob)
-    error = (target_prob * (dist - target_dist).abs()).mean() / (target_prob.mean() + EPSILON)
+    if foreground_mean is None:
+        foreground_mean = target_prob.mean()
+    error = (target_prob * (dist - target_dist).abs()).mean() / (foreground_mean + EPSILON)
     background = ((1 - target_prob) * dist.abs()).mean()
     dist_loss = error + background_weight * background
     return Loss(prob_loss + dist_weight * dist_loss, prob_loss.detach(), dist_loss.detach())

@@ -11,8 +11,10 @@ import torch
 from ctc_ray.config import RunConfig, TrainSegmenterConfig
 from ctc_ray.progress import Progress
 from ctc_ray.segment.network import NetworkConfig
-from ctc_ray.segment.patches import read_pairs, split_pairs
-from ctc_ray.segment.training import Schedule, steps_left, train
+from ctc_ray.segment.patches import split_pairs
+from ctc_ray.segment.training_images import read_pairs
+from ctc_ray.segment.training import Schedule, train
+from ctc_ray.segment.training_checkpoint import steps_done
 from ctc_ray.segment.weights import Thresholds
 
 
@@ -61,7 +63,7 @@ def run_train_segmenter(
     section = config.train_segmenter
     kept, held_out = split_pairs(read_pairs(images, masks), fraction=section.held_out_fraction, seed=section.seed)
     schedule = schedule_of(section)
-    left = steps_left(out, schedule)
+    left = schedule.steps - steps_done(out)
     network = NetworkConfig(
         n_rays=section.n_rays, unet_n_filter_base=section.n_filter_base, net_conv_after_unet=4 * section.n_filter_base
     )

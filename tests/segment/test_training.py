@@ -15,7 +15,8 @@ from ctc_ray.errors import CartridgeError, MissingInputError, StaleOutputError
 from ctc_ray.progress import Progress
 from ctc_ray.segment import StarDist
 from ctc_ray.segment.network import NetworkConfig
-from ctc_ray.segment.patches import Pair, PatchSampler, read_pairs, split_pairs
+from ctc_ray.segment.patches import PatchSampler, split_pairs
+from ctc_ray.segment.training_images import Pair, read_pairs
 from ctc_ray.segment.scores import average_precision
 from ctc_ray.segment.targets import star_loss, star_targets
 from ctc_ray.segment.train_segmenter import run_train_segmenter
