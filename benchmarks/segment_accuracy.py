@@ -27,8 +27,8 @@ from ctc_ray.phantom import PROFILES, draw_field
 from ctc_ray.phantom.kinds import CTC_KINDS
 from ctc_ray.records import library_versions
 from ctc_ray.segment import StarDist
-from ctc_ray.segment.training_images import Pair, read_pairs
 from ctc_ray.segment.scores import average_precision
+from ctc_ray.segment.training_images import Pair, read_pairs
 
 IOUS = (0.5, 0.6, 0.7, 0.8, 0.9)
 NEAR_PX = 8.0

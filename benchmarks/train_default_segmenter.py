@@ -62,7 +62,11 @@ def main() -> None:
     write_phantom_pairs(data, arguments.fields, progress)
     copy_nuclei(arguments.nuclei, data)
     config = load_config(None, arguments.set)
-    print(run_train_segmenter(config, data / "images", data / "masks", arguments.work / "model", progress=progress))
+    print(
+        run_train_segmenter(
+            config, data / "images", data / "masks", arguments.work / "model", progress=progress, local=True
+        )
+    )
 
 
 if __name__ == "__main__":

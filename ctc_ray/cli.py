@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ctc_ray import __version__, stage_commands
-from ctc_ray.cluster import examine
+from ctc_ray.cluster import connect, examine
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import load_config
 from ctc_ray.errors import ConfigError, CtcRayError
@@ -89,22 +90,28 @@ def phantom(
 
 @app.command("train-segmenter")
 def train_segmenter(
-    images: Annotated[Path, typer.Argument(help="Folder of images (TIFF or PNG).")],
-    masks: Annotated[Path, typer.Argument(help="Folder of instance masks with the same names.")],
+    images: Annotated[Path, typer.Argument(help="Folder of images (TIFF or PNG), or of phantom cartridges.")],
+    masks: Annotated[
+        Path, typer.Argument(help="Folder of instance masks with the same names; CARTRIDGES/.masks for a phantom.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and weights.")],
+    local: Annotated[bool, typer.Option("--local", help="Train in this process, without Ray.")] = False,
     config: ConfigFile = None,
     set_: Overrides = None,
+    address: Address = None,
 ) -> None:
     """Train a StarDist network on images with instance masks; run again to resume."""
     from ctc_ray.segment.train_segmenter import run_train_segmenter
 
     settings = load_config(config, set_ or ())
-    trained = run_train_segmenter(settings, images, masks, out, progress=Progress())
-    print_result(
+    with contextlib.nullcontext() if local else connect(address, settings.ray):
+        trained = run_train_segmenter(settings, images, masks, out, progress=Progress(), local=local)
+    finish(
         StageResult(
             stage="train-segmenter",
             units_computed=trained.steps_now,
             units_reused=trained.steps - trained.steps_now,
+            set_aside=trained.set_aside,
             counts={"images": trained.images, "held_out_images": trained.held_out},
             paths=(str(trained.out),),
             seconds=trained.seconds,

@@ -64,11 +64,6 @@ class PhantomConfig(Section):
     """Whether to write instance masks too."""
 
 
-def _cellsearch_channels() -> dict[str, int | None]:
-    """Pages of a CellSearch TIFF; page 1 is the extra marker."""
-    return {"DAPI": 0, "CK": 2, "CD45": 3}
-
-
 class SegmentConfig(Section):
     """StarDist segmentation of cartridge fields into crops."""
 
@@ -78,8 +73,13 @@ class SegmentConfig(Section):
     """`auto` is resolved once per cohort and recorded there."""
     layout: Literal["auto", "cellsearch", "folder"] = "auto"
     """`cellsearch`: four-page TIFFs with an event xml; `folder`: ordinary TIFF or PNG fields."""
-    channel_map: dict[str, int | None] = Field(default_factory=_cellsearch_channels)
-    """Channel -> page or colour index of an image; null gives zeros."""
+    channel_map: dict[str, int | None] | None = None
+    """Channel -> page or colour index of an image, from 0; null for a channel gives zeros. Null for the whole: as the xml
+    names the filters, else DAPI 0, CK 2, CD45 3."""
+    contrast: Literal["raw", "unstretched"] = "raw"
+    """`raw`: counts as in the file, as the reference; `unstretched`: 12-bit counts restored from the limits in tags 755, 756."""
+    frame_order: Literal["auto", "top", "bottom"] = "auto"
+    """From which row of the grid frames count; `auto`: from the bottom in CellTracks-XP archives of 140 frames."""
     prob_threshold: Fraction | None = None
     """Null: the threshold stored with the weights."""
     nms_threshold: Fraction | None = None
@@ -129,10 +129,28 @@ class TrainSegmenterConfig(Section):
     """Rays of a polygon."""
     n_filter_base: Count = 32
     """Filters of the first level; the other layers follow from it."""
+    page: Annotated[int, Field(ge=0)] = 2
+    """Page taken of an image that has several; 2 is CK in a CellSearch field."""
+    mask_suffix: str = "_ck"
+    """Text that a mask may have behind its image's stem; `_ck` as `ctc-ray phantom` writes them."""
+    empty_masks: Literal["set_aside", "background"] = "set_aside"
+    """What a mask without objects says: that somebody forgot them, or that the image shows none."""
+    precision: Precision = "auto"
+    """`auto` takes bf16 where the hardware multiplies it."""
     seed: int = 0
     """Seed of weights, patches and augmentation."""
     checkpoint_every: Count = operational(500)
     """Steps between checkpoints."""
+    max_failure_fraction: Fraction = operational(0.1)
+    """Share of the images that may be unusable before the command fails."""
+    num_workers: Count = operational(1)
+    """Training processes that share each batch; the gradient is the batch's, whatever their number."""
+    num_threads: Count | None = operational(None)
+    """Threads of one worker on a CPU; null: the processors of the smallest machine over the workers."""
+    use_gpu: bool | None = operational(None)
+    """Whether each worker gets a GPU; null: where there are enough."""
+    max_failures: Annotated[int, Field(ge=0)] = operational(2)
+    """Restarts after a lost worker."""
 
 
 class SplitConfig(Section):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from skimage.segmentation import relabel_sequential
 from stardist.matching import intersection_over_union, label_overlap, matching_dataset
 
 from ctc_ray.segment.instances import Candidates, Instances, instances_from_candidates
@@ -108,14 +107,18 @@ def _between(low: float, high: float) -> float:
     return round(middle, 4) if low < round(middle, 4) < high else middle
 
 
-def _overlaps(truth: Labels, found: Instances) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+def _overlaps(truth: Labels, found: Instances) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Instances with a pixel of their own, most probable first, and their IoU (true objects, those instances)."""
-    numbers = np.unique(found.labels)
-    visible = numbers[numbers > 0] - 1
-    drawn, _, _ = relabel_sequential(found.labels)
-    iou = np.asarray(intersection_over_union(label_overlap(relabel_sequential(truth)[0], drawn)), dtype=np.float32)
-    order = np.argsort(-found.prob[visible], kind="stable")
-    return visible[order], iou[1:, 1:][:, order]
+    (_, true), (numbers, drawn) = _consecutive(truth), _consecutive(found.labels)
+    iou = np.asarray(intersection_over_union(label_overlap(true, drawn)), dtype=np.float32)
+    order = np.argsort(-found.prob[numbers - 1], kind="stable")
+    return numbers[order] - 1, iou[1:, 1:][:, order]
+
+
+def _consecutive(labels: Labels) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The labels of an image, rising and without 0, and the image with 1, 2, ... in their place."""
+    numbers = np.unique(labels[labels > 0]).astype(np.int64)
+    return numbers, np.searchsorted(np.append(0, numbers), labels).astype(np.int64)
 
 
 def matches_gained(matches: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

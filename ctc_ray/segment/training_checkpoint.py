@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ctc_ray.errors import StaleOutputError, WeightsError
+from ctc_ray.segment.atomic_file import write_atomic
 from ctc_ray.segment.network import StarDistNetwork
 from ctc_ray.segment.training_world import World
-from ctc_ray.segment.weights import write_atomic
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"

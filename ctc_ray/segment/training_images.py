@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import tifffile
+from scipy.ndimage import label
 from skimage.io import imread
-from skimage.measure import label
 
 from ctc_ray.errors import CartridgeError, MissingInputError, SchemaError
 from ctc_ray.records import FailureRow
@@ -192,7 +192,7 @@ def _labels(mask: np.ndarray, path: Path, *, allow_empty: bool) -> npt.NDArray[n
         raise CartridgeError(
             f"{path} holds no object; if its image shows none, set train_segmenter.empty_masks=background"
         )
-    pieces = int(label(labels > 0, connectivity=2).max()) if len(numbers) == 1 else 1
+    pieces = int(label(labels > 0, structure=np.ones((3, 3)))[1]) if len(numbers) == 1 else 1
     if pieces > 1:
         raise CartridgeError(
             f"{path} marks {pieces} separate pieces with the one value {numbers[0]}: a mask needs a number for each object"

@@ -16,11 +16,11 @@ from ctc_ray.progress import Progress
 from ctc_ray.segment import StarDist
 from ctc_ray.segment.network import NetworkConfig
 from ctc_ray.segment.patches import PatchSampler, split_pairs
-from ctc_ray.segment.training_images import Pair, read_pairs
 from ctc_ray.segment.scores import average_precision
 from ctc_ray.segment.targets import star_loss, star_targets
 from ctc_ray.segment.train_segmenter import run_train_segmenter
 from ctc_ray.segment.training import Schedule, train
+from ctc_ray.segment.training_images import Pair, read_pairs
 
 TINY = NetworkConfig(unet_n_depth=1, unet_n_filter_base=6, net_conv_after_unet=12, n_rays=8)
 
@@ -181,9 +181,9 @@ def test_train_segmenter_from_folders_goes_on_where_it_stopped(tmp_path: Path) -
     images, masks = write_pairs(tmp_path, 3)
     settings = ["steps=6", "batch_size=1", "patch_size_px=64", "n_filter_base=4", "checkpoint_every=3"]
     config = load_config(None, [f"train_segmenter.{setting}" for setting in settings])
-    first = run_train_segmenter(config, images, masks, tmp_path / "out", progress=Progress(quiet=True))
+    first = run_train_segmenter(config, images, masks, tmp_path / "out", progress=Progress(quiet=True), local=True)
     assert (first.steps_now, first.images, first.held_out) == (6, 2, 1)
-    second = run_train_segmenter(config, images, masks, tmp_path / "out", progress=Progress(quiet=True))
+    second = run_train_segmenter(config, images, masks, tmp_path / "out", progress=Progress(quiet=True), local=True)
     assert second.steps_now == 0
     assert second.thresholds == first.thresholds
 
