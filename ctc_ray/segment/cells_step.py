@@ -66,7 +66,7 @@ class CellCutter:
                 patient=field.patient,
                 field=field.field,
                 origin=field.origin,
-                fingerprint=settings.fingerprint,
+                fingerprint=task.fingerprint,
                 pixel_size_um=settings.pixel_size_um,
             )
             self._cohort.write_table(f"{task.parts_folder}/{part_name(field.field)}", cells)

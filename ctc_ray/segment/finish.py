@@ -13,7 +13,8 @@ from ctc_ray.cohort import Cohort
 from ctc_ray.records import FailureRow, Record, read_record, write_failures, write_record
 from ctc_ray.schema import DUPLICATES_SCHEMA, Channel, cells_schema
 from ctc_ray.segment.archive_xml import Geometry
-from ctc_ray.segment.cartridge import FieldFile
+from ctc_ray.segment.cartridge import FieldFile, is_image
+from ctc_ray.segment.contrast import field_limits
 from ctc_ray.segment.duplicates import physical_ids
 from ctc_ray.segment.field_image import read_field
 from ctc_ray.segment.overlap import overlap_from, seam_correlation, seams_of
@@ -69,12 +70,12 @@ def finish_patient(
     positions = pa.concat_tables([store.read_table(f"{folder}/{name}", _POSITION_COLUMNS) for name in sorted(files)])
     physical = _write_duplicates(cohort, plan, positions, settings)
     write_failures(store, STAGE, plan.patient, failures)
+    _write_limits(store, plan, cartridges, failures)
     counts = {
+        **_counts(plan, failures),
         "cells": positions.num_rows,
         "physical_cells": physical,
-        "fields": len(plan.cartridge.fields),
         "segmented": len(done) + (plan.kept.counts.get("segmented", 0) if plan.kept else 0),
-        "failed": len(failures),
         "overlap_row_px": overlap[0],
         "overlap_col_px": overlap[1],
     }
@@ -97,6 +98,17 @@ def finish_patient(
         store.delete(f"{folder}/{name}")
     store.delete_folder(f"{folder}/_parts")
     return FinishedPatient(plan.patient, positions.num_rows, physical, len(plan.cartridge.fields), len(failures))
+
+
+def _counts(plan: PatientPlan, failures: Sequence[FailureRow]) -> dict[str, int]:
+    """Fields of the patient, those that failed, and what else of the archive could not be read."""
+    not_read = sum(is_image(row.source) for row in plan.cartridge.set_aside)
+    failed = sum(is_image(row.source) for row in failures)
+    return {
+        "fields": len(plan.cartridge.fields) + not_read,
+        "failed": failed,
+        "archive_failures": len(failures) - failed,
+    }
 
 
 def _shards(
@@ -129,10 +141,10 @@ def _overlap(plan: PatientPlan, settings: Settings, cartridges: Store, done: Seq
     if geometry is None or not settings.measure_overlap:
         return 0, 0
     by_number = {field.field: field for field in done}
-    channel = Channel.CK if settings.channel_map[Channel.DAPI] is None else Channel.DAPI
+    channel = Channel.CK if plan.channel_map[Channel.DAPI] is None else Channel.DAPI
 
     def page(number: int) -> np.ndarray:
-        pixels: np.ndarray = read_field(cartridges, by_number[number], settings.channel_map)[channel]
+        pixels: np.ndarray = read_field(cartridges, by_number[number], plan.channel_map)[channel]
         return pixels
 
     beside, below = seams_of(geometry, by_number)
@@ -157,6 +169,17 @@ def _global_shift(geometry: Geometry | None, overlap: tuple[int, int]) -> Callab
         return table
 
     return shifted
+
+
+def _write_limits(store: Store, plan: PatientPlan, cartridges: Store, failures: Sequence[FailureRow]) -> None:
+    """Keep the contrast limits of the segmented fields, so that counts can be restored later; no file without any."""
+    failed = {row.source for row in failures}
+    limits = field_limits(cartridges, [field for field in plan.cartridge.fields if field.path not in failed])
+    path = f"contrast/{plan.patient}.parquet"
+    if limits.num_rows:
+        store.write_table(path, limits)
+    else:
+        store.delete(path)
 
 
 def _write_duplicates(cohort: Cohort, plan: PatientPlan, positions: pa.Table, settings: Settings) -> int:

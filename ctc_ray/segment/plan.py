@@ -9,16 +9,28 @@ from typing import Any
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import SegmentConfig
 from ctc_ray.errors import CartridgeError, ConfigError, StaleOutputError
-from ctc_ray.records import FailureRow, Record, State, digest_of, identity_of, read_failures, read_record, state_of
+from ctc_ray.records import (
+    FailureRow,
+    Record,
+    State,
+    canonical_json,
+    digest_of,
+    identity_of,
+    read_failures,
+    read_record,
+    state_of,
+)
 from ctc_ray.schema import Channel
-from ctc_ray.segment.cartridge import Cartridge, FieldFile, find_cartridge, find_patients
-from ctc_ray.segment.field_image import check_channel_map
+from ctc_ray.segment.cartridge import Cartridge, FieldFile, find_cartridge, find_patients, is_image
+from ctc_ray.segment.field_image import USUAL_CHANNELS, Contrast, check_channel_map
 from ctc_ray.storage import Store
 
 STAGE = "segment"
 COHORT_PATH = "cohort.json"
 """What is decided once for a cohort, such as the precision that `auto` means."""
 
+_NEUTRAL = {"contrast": "raw", "frame_order": "auto"}
+"""Settings that are no part of an identity at these values, so that outputs made before they existed stay complete."""
 _REASONS = {
     State.ABSENT: "not segmented yet",
     State.STALE: "made with another configuration, weights or images",
@@ -37,7 +49,9 @@ class Settings:
         nms_thresh: cut of the overlap.
         percentiles: of the CK page, become 0 and 1.
         max_candidates: cap before non-maximum suppression.
-        channel_map: channel -> page.
+        channel_map: channel -> page; the usual pages where the user gave none.
+        channels_by_name: whether the names of an archive's filters come before `channel_map`.
+        contrast: `raw` or `unstretched`.
         pixel_size_um: edge of a pixel.
         duplicate_radius_px: for detections of different fields.
         measure_overlap: whether fields are looked at for it.
@@ -52,6 +66,8 @@ class Settings:
     percentiles: tuple[float, float]
     max_candidates: int
     channel_map: Mapping[Channel, int | None]
+    channels_by_name: bool
+    contrast: Contrast
     pixel_size_um: float
     duplicate_radius_px: float
     measure_overlap: bool
@@ -73,6 +89,8 @@ class PatientPlan:
         kept: the output's record where its cells stay and only set-aside fields are tried again.
         todo: fields to segment.
         reused: frame numbers whose cells are there, finished by an interrupted run or by the kept output.
+        channel_map: channel -> page.
+        fingerprint: that enters this patient's every `cell_id`: that of the settings, unless its pages are others.
     """
 
     patient: str
@@ -84,6 +102,8 @@ class PatientPlan:
     kept: Record | None
     todo: tuple[FieldFile, ...]
     reused: tuple[int, ...]
+    channel_map: Mapping[Channel, int | None]
+    fingerprint: str
 
     @property
     def parts_folder(self) -> str:
@@ -114,7 +134,7 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
     low, high = config.normalize_percentiles
     if not 0 <= low < high <= 100:
         raise ConfigError(f"segment.normalize_percentiles is {low}, {high}; it needs 0 <= low < high <= 100")
-    channel_map = check_channel_map(config.channel_map)
+    channel_map = check_channel_map(USUAL_CHANNELS if config.channel_map is None else config.channel_map)
     prob = weights.thresholds.prob if config.prob_threshold is None else config.prob_threshold
     nms = weights.thresholds.nms if config.nms_threshold is None else config.nms_threshold
     finds = {
@@ -123,9 +143,15 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
         "thresholds": [prob, nms],
         "percentiles": [low, high],
         "max_candidates": config.max_candidates,
-        "channel_map": {channel.name: page for channel, page in channel_map.items()},
+        "channel_map": _named(channel_map),
     }
-    rest = {key: value for key, value in config.identity().items() if key not in ("weights", "precision")}
+    if config.contrast != "raw":
+        finds["contrast"] = config.contrast
+    rest = {
+        key: value
+        for key, value in config.identity().items()
+        if key not in ("weights", "precision") and _NEUTRAL.get(key) != value
+    }
     return Settings(
         weights=config.weights,
         precision=precision,
@@ -134,12 +160,18 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
         percentiles=(low, high),
         max_candidates=config.max_candidates,
         channel_map=channel_map,
+        channels_by_name=config.channel_map is None,
+        contrast=config.contrast,
         pixel_size_um=config.pixel_size_um,
         duplicate_radius_px=config.duplicate_radius_px,
         measure_overlap=config.measure_overlap,
         fingerprint=digest_of(finds),
         identity=rest | finds,
     )
+
+
+def _named(channel_map: Mapping[Channel, int | None]) -> dict[str, int | None]:
+    return {channel.name: page for channel, page in channel_map.items()}
 
 
 def recorded_precision(cohort: Cohort, asked: str) -> str | None:
@@ -197,7 +229,7 @@ def plan_patients(
     empty: dict[str, FailureRow] = {}
     for patient in sorted(set(patients or found)):
         try:
-            cartridge = find_cartridge(cartridges, patient, config.layout)
+            cartridge = find_cartridge(cartridges, patient, config.layout, config.frame_order)
         except CartridgeError as error:
             empty[patient] = FailureRow(patient, type(error).__name__, str(error))
             continue
@@ -211,12 +243,19 @@ def _plan_patient(cartridge: Cartridge, settings: Settings, cohort: Cohort, *, r
     patient, store = cartridge.patient, cohort.store
     folder = cohort.cells(patient)
     inputs = {path: str(size) for path, size in cartridge.files.items()} | {"weights": settings.identity["weights"]}
+    channel_map, fingerprint = settings.channel_map, settings.fingerprint
+    if settings.channels_by_name and cartridge.channels not in (None, channel_map):
+        channel_map = (
+            {channel: cartridge.channels[channel] for channel in Channel} if cartridge.channels else channel_map
+        )
+        inputs |= {"channels": canonical_json(_named(channel_map))}
+        fingerprint = digest_of([fingerprint, inputs["channels"]])
     identity = identity_of(STAGE, settings.identity, inputs)
     state, record = state_of(store, folder, identity), read_record(store, folder)
     kept, why = None, _REASONS[state]
     done = _finished_fields(store, f"{folder}/_parts/{identity[:12]}")
     if state is not State.ABSENT and record is not None:
-        failed = set(read_failures(store, STAGE, patient)["source"])
+        failed = set(filter(is_image, read_failures(store, STAGE, patient)["source"]))
         only_failed = state is State.COMPLETE or _differs_in(record, settings, inputs) <= failed
         if failed and only_failed and retry_failed:
             kept, why = record, f"{len(failed)} set-aside files are tried again"
@@ -226,7 +265,7 @@ def _plan_patient(cartridge: Cartridge, settings: Settings, cohort: Cohort, *, r
     fields = cartridge.fields if state is not State.COMPLETE or kept is not None else ()
     todo = tuple(field for field in fields if field.field not in done)
     reused = tuple(sorted(field.field for field in fields if field.field in done))
-    return PatientPlan(patient, cartridge, inputs, identity, state, why, kept, todo, reused)
+    return PatientPlan(patient, cartridge, inputs, identity, state, why, kept, todo, reused, channel_map, fingerprint)
 
 
 def _differs_in(record: Record, settings: Settings, inputs: Mapping[str, str]) -> set[str]:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ctc_ray.errors import CartridgeError, MissingInputError
+from ctc_ray.schema import Channel
 from ctc_ray.segment.cartridge import FieldFile
 from ctc_ray.segment.field_image import read_field
 from ctc_ray.segment.plan import Settings
@@ -46,15 +47,20 @@ class FieldTask:
         field: where it is.
         parts_folder: where its part goes, relative to the cohort.
         dtype: pixel type of the patient's fields.
+        channel_map: channel -> page.
+        fingerprint: enters every `cell_id`.
     """
 
     field: FieldFile
     parts_folder: str
     dtype: str
+    channel_map: Mapping[Channel, int | None]
+    fingerprint: str
 
     def to_json(self) -> str:
         """The task as text."""
-        return json.dumps(asdict(self))
+        pages = {channel.name: page for channel, page in self.channel_map.items()}
+        return json.dumps(asdict(self) | {"channel_map": pages})
 
     @classmethod
     def from_json(cls, text: str) -> FieldTask:
@@ -66,6 +72,8 @@ class FieldTask:
             FieldFile(**(field | {"shape": shape, "origin": tuple(field["origin"])})),
             values["parts_folder"],
             values["dtype"],
+            {Channel[name]: page for name, page in values["channel_map"].items()},
+            values["fingerprint"],
         )
 
 
@@ -79,7 +87,7 @@ def _read(text: str, cartridges: Store, settings: Settings) -> dict[str, Any]:
     started, task = time.monotonic(), FieldTask.from_json(text)
     row: dict[str, Any] = {"task": text}
     try:
-        pixels = read_field(cartridges, task.field, settings.channel_map)
+        pixels = read_field(cartridges, task.field, task.channel_map, settings.contrast)
         if str(pixels.dtype) != task.dtype:
             raise CartridgeError(
                 f"{task.field.path} holds {pixels.dtype} pixels, the patient's other fields {task.dtype}"

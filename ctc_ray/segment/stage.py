@@ -209,10 +209,10 @@ def _statuses(
 ) -> Iterator[dict[str, Any]]:
     """Run the plan; yields one row a field as they finish, in no particular order."""
     tasks = [
-        FieldTask(file, plan.parts_folder, dtype).to_json()
+        FieldTask(file, plan.parts_folder, dtype, plan.channel_map, plan.fingerprint).to_json()
         for plan in plans
         if plan.todo
-        for dtype in (pixel_type(images, plan.cartridge.fields),)
+        for dtype in (pixel_type(images, plan.cartridge.fields, settings.contrast),)
         for file in plan.todo
     ]
     if not tasks:
@@ -316,7 +316,7 @@ def _result(
     records = {plan.patient: read_record(cohort.store, cohort.cells(plan.patient)) for plan in plans}
     totals: defaultdict[str, int] = defaultdict(int)
     for record in records.values():
-        for name in ("cells", "physical_cells", "fields", "segmented", "failed"):
+        for name in ("cells", "physical_cells", "fields", "segmented", "failed", "archive_failures"):
             totals[name] += record.counts.get(name, 0) if record else 0
     computed = sum(record.units_computed for plan in open_plans if (record := records[plan.patient]))
     failed, fields = totals["failed"] + len(empty), max(totals["fields"], totals["failed"]) + len(empty)
@@ -330,7 +330,7 @@ def _result(
         stage=STAGE,
         units_computed=computed,
         units_reused=totals["segmented"] - computed,
-        set_aside=failed,
+        set_aside=failed + totals["archive_failures"],
         counts={"patients": len(plans), **totals},
         paths=tuple(cohort.cells(plan.patient) for plan in plans),
         seconds=seconds,

@@ -36,7 +36,8 @@ def test_frame_number_is_the_text_after_the_last_p(tmp_path: Path) -> None:
 
 
 def test_duplicate_frame_numbers_are_set_aside_with_the_reason(tmp_path: Path) -> None:
-    store = touch(tmp_path, "A/a_p001.tif", "A/b_p1.tif", "A/c_p002.tif")
+    store = touch(tmp_path, "A/a_p001.tif", "A/b_p1.tif", "A/c_p002.tif", "A/A.xml")
+    (tmp_path / "A" / "A.xml").write_text("<archive/>")
     cartridge = find_cartridge(store, "A")
     assert [field.path for field in cartridge.fields] == ["A/a_p001.tif", "A/c_p002.tif"]
     assert [row.source for row in cartridge.set_aside] == ["A/b_p1.tif"]
@@ -44,7 +45,9 @@ def test_duplicate_frame_numbers_are_set_aside_with_the_reason(tmp_path: Path) -
 
 
 def test_name_without_a_frame_number_is_set_aside(tmp_path: Path) -> None:
-    cartridge = find_cartridge(touch(tmp_path, "A/a_p1.tif", "A/overview.tif"), "A")
+    store = touch(tmp_path, "A/a_p1.tif", "A/overview.tif", "A/A.xml")
+    (tmp_path / "A" / "A.xml").write_text("<archive/>")
+    cartridge = find_cartridge(store, "A")
     assert [row.source for row in cartridge.set_aside] == ["A/overview.tif"]
 
 
