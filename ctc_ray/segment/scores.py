@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from stardist.matching import intersection_over_union, label_overlap, matching_dataset
+from stardist.matching import intersection_over_union, matching_dataset
 
 from ctc_ray.segment.instances import Candidates, Instances, instances_from_candidates
 from ctc_ray.segment.model import StarDist
@@ -109,8 +109,10 @@ def _between(low: float, high: float) -> float:
 
 def _overlaps(truth: Labels, found: Instances) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Instances with a pixel of their own, most probable first, and their IoU (true objects, those instances)."""
-    (_, true), (numbers, drawn) = _consecutive(truth), _consecutive(found.labels)
-    iou = np.asarray(intersection_over_union(label_overlap(true, drawn)), dtype=np.float32)
+    (true_numbers, true), (numbers, drawn) = _consecutive(truth), _consecutive(found.labels)
+    shape = (len(true_numbers) + 1, len(numbers) + 1)
+    shared = np.bincount((true * shape[1] + drawn).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+    iou = np.asarray(intersection_over_union(shared), dtype=np.float32)
     order = np.argsort(-found.prob[numbers - 1], kind="stable")
     return numbers[order] - 1, iou[1:, 1:][:, order]
 

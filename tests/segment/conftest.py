@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 from ctc_ray.segment.network import NetworkConfig, StarDistNetwork
 from ctc_ray.segment.weights import Thresholds, save_folder
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `disc_images` stands beside the rooms' folders
 
 FIELD_SHAPE = (144, 176)
 

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from skimage.io import imsave
+from disc_images import TINY, disc_pair, short, write_pairs
 
 from ctc_ray.config import load_config
-from ctc_ray.errors import CartridgeError, MissingInputError, StaleOutputError
+from ctc_ray.errors import StaleOutputError, WeightsError
 from ctc_ray.progress import Progress
 from ctc_ray.segment import StarDist
-from ctc_ray.segment.network import NetworkConfig
 from ctc_ray.segment.patches import PatchSampler, split_pairs
 from ctc_ray.segment.scores import average_precision
 from ctc_ray.segment.targets import star_loss, star_targets
 from ctc_ray.segment.train_segmenter import run_train_segmenter
 from ctc_ray.segment.training import Schedule, train
-from ctc_ray.segment.training_images import Pair, read_pairs
-
-TINY = NetworkConfig(unet_n_depth=1, unet_n_filter_base=6, net_conv_after_unet=12, n_rays=8)
-
-
-def disc_pair(seed: int, side: int = 96) -> Pair:
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[:side, :side]
-    labels = np.zeros((side, side), np.int32)
-    for number in range(1, 7):
-        row, column, radius = rng.uniform(8, side - 8), rng.uniform(8, side - 8), rng.uniform(5, 9)
-        labels[((rows - row) ** 2 + (columns - column) ** 2 < radius**2) & (labels == 0)] = number
-    image = (rng.poisson(8, labels.shape) + 90 * (labels > 0)).astype(np.uint8)
-    low, high = np.percentile(image, [1, 99.8])
-    return Pair(f"disc-{seed}", image, labels, float(low), float(high))
 
 
 def test_targets_equal_walking_along_each_ray() -> None:
@@ -116,13 +101,6 @@ def test_held_out_pairs_are_seeded_and_disjoint() -> None:
     assert [pair.name for pair in split_pairs(pairs, fraction=0.2, seed=3)[1]] == [pair.name for pair in held]
 
 
-def short(steps: int, **options: object) -> Schedule:
-    return Schedule(
-        steps=steps, batch_size=2, patch_px=64, learning_rate=3e-3, warmup_steps=5, checkpoint_steps=10,
-        evaluate_steps=10, average_decay=0.9, **options,  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
 def test_training_lowers_the_loss_and_writes_loadable_weights(tmp_path: Path) -> None:
     pairs = [disc_pair(seed) for seed in range(4)]
     thresholds = train(pairs, [disc_pair(9)], tmp_path, schedule=short(40), network=TINY)
@@ -167,16 +145,6 @@ def test_training_of_other_settings_in_the_same_folder_is_refused(tmp_path: Path
         train(pairs, held, tmp_path, schedule=short(10, seed=5), network=TINY)
 
 
-def write_pairs(root: Path, count: int) -> tuple[Path, Path]:
-    for folder in ("images", "masks"):
-        (root / folder).mkdir()
-    for seed in range(count):
-        pair = disc_pair(seed)
-        imsave(root / "images" / f"{pair.name}.png", pair.image, check_contrast=False)
-        imsave(root / "masks" / f"{pair.name}.png", pair.labels.astype(np.uint16), check_contrast=False)
-    return root / "images", root / "masks"
-
-
 def test_train_segmenter_from_folders_goes_on_where_it_stopped(tmp_path: Path) -> None:
     images, masks = write_pairs(tmp_path, 3)
     settings = ["steps=6", "batch_size=1", "patch_size_px=64", "n_filter_base=4", "checkpoint_every=3"]
@@ -188,13 +156,37 @@ def test_train_segmenter_from_folders_goes_on_where_it_stopped(tmp_path: Path) -
     assert second.thresholds == first.thresholds
 
 
-def test_pairs_with_a_missing_or_unfit_mask_are_refused(tmp_path: Path) -> None:
-    images, masks = write_pairs(tmp_path, 2)
-    imsave(masks / "disc-1.png", np.zeros((5, 5), np.uint16), check_contrast=False)
-    with pytest.raises(CartridgeError, match="disc-1"):
-        read_pairs(images, masks)
-    (masks / "disc-1.png").unlink()
-    with pytest.raises(MissingInputError, match="disc-1"):
-        read_pairs(images, masks)
-    with pytest.raises(MissingInputError, match="no images"):
-        read_pairs(tmp_path / "nowhere", masks)
+def test_old_checkpoint_without_a_precision_is_taken_up(tmp_path: Path) -> None:
+    pairs, held = [disc_pair(0), disc_pair(1)], [disc_pair(9)]
+    assert "precision" not in short(10).identity()
+    assert short(10, precision="fp32").identity()["precision"] == "fp32"
+    train(pairs, held, tmp_path, schedule=short(10), network=TINY)
+    with pytest.raises(StaleOutputError):
+        train(pairs, held, tmp_path, schedule=short(10, precision="fp32"), network=TINY)
+
+
+def test_damaged_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
+    pairs, held = [disc_pair(0), disc_pair(1)], [disc_pair(9)]
+    train(pairs, held, tmp_path, schedule=short(10), network=TINY)
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:20], whole[:-100], b"\0" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(WeightsError, match=r"checkpoint\.safetensors.*delete it"):
+            train(pairs, held, tmp_path, schedule=short(10), network=TINY)
+
+
+def test_loss_that_is_not_finite_ends_the_training_before_it_is_saved(tmp_path: Path) -> None:
+    pairs, held = [disc_pair(0)], [disc_pair(9)]
+    with pytest.raises(WeightsError, match="learning_rate"):
+        train(pairs, held, tmp_path, schedule=replace(short(10), learning_rate=1e30), network=TINY)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_start_from_weights_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    pairs, held = [disc_pair(0)], [disc_pair(9)]
+    train(pairs, held, tmp_path / "a", schedule=short(1), network=TINY)
+    other = replace(TINY, n_rays=16)
+    with pytest.raises(WeightsError, match="architecture"):
+        train(pairs, held, tmp_path / "b", schedule=short(1), network=other, initial=tmp_path / "a")
+    train(pairs, held, tmp_path / "c", schedule=short(1), network=TINY, initial=tmp_path / "a")
