@@ -17,6 +17,28 @@ from torch import nn
 
 from ctc_ray.errors import WeightsError
 
+MAX_FILTERS = 8192
+"""A level of more filters is refused: its layers would not fit in memory. The widest published level has 256."""
+MAX_SIDE = 64
+"""Largest grid, pool or kernel side, in pixels."""
+MAX_EXPANSION = 16
+
+_READABLE: tuple[tuple[Any, ...], ...] = (
+    ("n_dim", 2),
+    ("axes", "YXC", "YX"),
+    ("backbone", "unet"),
+    ("n_classes", None),
+    ("unet_batch_norm", False),
+)
+"""Keys of a configuration and the values that this network can have."""
+_RANGES = {
+    "n_channel_in": (1, 1024),
+    "n_rays": (3, 1024),
+    "unet_n_depth": (0, 8),
+    "unet_n_filter_base": (1, MAX_FILTERS),
+    "unet_n_conv_per_depth": (1, 16),
+    "net_conv_after_unet": (0, MAX_FILTERS),
+}
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "linear": nn.Identity}
 
 
@@ -61,19 +83,26 @@ class NetworkConfig:
         """Read the values of a StarDist `config.json`.
 
         Raises:
-            WeightsError: the configuration describes a network that is not a plain 2D U-Net.
+            WeightsError: the configuration describes a network that is not a plain 2D U-Net, or a value is impossible.
+
+        Source: stardist `models/model2d.py`, `Config2D`; keys that are absent take its defaults. `unet_dropout` and the
+        `train_*` keys change nothing at inference and are not read.
         """
-        for key, allowed in (("n_dim", 2), ("backbone", "unet"), ("n_classes", None), ("unet_batch_norm", False)):
-            value = config.get(key, allowed)
-            if value != allowed:
+        for key, *allowed in _READABLE:
+            value = config.get(key, allowed[0])
+            if value not in allowed:
                 raise WeightsError(
-                    f"StarDist config has {key}={value!r}; this network reads {key}={allowed!r} only. "
+                    f"StarDist config has {key}={value!r}; this network reads {key}={allowed[0]!r} only. "
                     "Export a single-class 2D U-Net model without batch normalisation."
                 )
         values = {key: config[key] for key in cls.__dataclass_fields__ if key in config}
+        if values.get("unet_last_activation", "") is None:  # as in CSBDeep's `unet_block`
+            values["unet_last_activation"] = values.get("unet_activation", cls.unet_activation)
+        # The stock class's own default, unlike ours, which is that of 2D_versatile_fluo.
+        values.setdefault("grid", (1, 1))
         for key in ("grid", "unet_kernel_size", "unet_pool"):
-            if key in values:
-                values[key] = tuple(int(side) for side in values[key])
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])
         built = cls(**values)
         built._check()
         return built
@@ -91,15 +120,48 @@ class NetworkConfig:
         return pool_row**self.unet_n_depth * grid_row, pool_column**self.unet_n_depth * grid_column
 
     def _check(self) -> None:
-        for activation in (self.unet_activation, self.unet_last_activation):
-            if activation not in _ACTIVATIONS:
+        for key in ("grid", "unet_kernel_size", "unet_pool"):
+            sides = getattr(self, key)
+            if not isinstance(sides, tuple) or len(sides) != 2 or not all(_whole(side, 1, MAX_SIDE) for side in sides):
                 raise WeightsError(
-                    f"StarDist config names the activation {activation!r}; known: {', '.join(_ACTIVATIONS)}"
+                    f"StarDist config has {key}={sides!r}; two whole numbers from 1 to {MAX_SIDE} are needed"
                 )
-        if any(side & (side - 1) or side < 1 for side in self.grid):
+        for key, (least, most) in _RANGES.items():
+            if not _whole(getattr(self, key), least, most):
+                raise WeightsError(
+                    f"StarDist config has {key}={getattr(self, key)!r}; a whole number from {least} to {most} is needed"
+                )
+        for key in ("unet_activation", "unet_last_activation"):
+            if getattr(self, key) not in list(_ACTIVATIONS):  # a list: what JSON holds need not have a hash
+                raise WeightsError(
+                    f"StarDist config has {key}={getattr(self, key)!r}; known activations: {', '.join(_ACTIVATIONS)}"
+                )
+        if not isinstance(self.unet_prefix, str):
+            raise WeightsError(f"StarDist config has unet_prefix={self.unet_prefix!r}; a text is needed")
+        if any(side & (side - 1) for side in self.grid):
             raise WeightsError(f"StarDist config has grid={self.grid}; both sides must be powers of two")
         if any(side % 2 == 0 for side in self.unet_kernel_size):
             raise WeightsError(f"StarDist config has unet_kernel_size={self.unet_kernel_size}; both sides must be odd")
+        self._check_filters()
+
+    def _check_filters(self) -> None:
+        expansion = self.unet_expansion
+        if isinstance(expansion, bool) or not isinstance(expansion, int | float) or not 0 < expansion <= MAX_EXPANSION:
+            raise WeightsError(
+                f"StarDist config has unet_expansion={expansion!r}; a number above 0 and up to {MAX_EXPANSION} is needed"
+            )
+        fewest, most = (int(pick(1.0, expansion**self.unet_n_depth) * self.unet_n_filter_base) for pick in (min, max))
+        if fewest < 1 or most > MAX_FILTERS:
+            raise WeightsError(
+                f"StarDist config has levels of {fewest} to {most} filters (unet_n_filter_base="
+                f"{self.unet_n_filter_base}, unet_expansion={expansion}, unet_n_depth={self.unet_n_depth}); "
+                f"1 to {MAX_FILTERS} can be built"
+            )
+
+
+def _whole(value: object, least: int, most: int) -> bool:
+    """Whether a value from JSON is a whole number in a range; True and 2.0 are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 class StarDistNetwork(nn.Module):

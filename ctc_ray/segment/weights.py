@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 import os
-import urllib.error
-import urllib.request
 import uuid
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ctc_ray.errors import WeightsError
+from ctc_ray.segment.atomic_file import write_atomic
+from ctc_ray.segment.keras_h5 import read_keras, write_keras
 from ctc_ray.segment.network import NetworkConfig, StarDistNetwork
+from ctc_ray.segment.published import REGISTRY, download
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "default_weights"
 """The weights that the package ships."""
 KERAS_FILE = "weights_best.h5"
+KERAS_LAST_FILE = "weights_last.h5"
 SAFETENSORS_FILE = "weights.safetensors"
-DOWNLOAD_TIMEOUT_S = 60.0
-
-_RELEASE = "https://github.com/stardist/stardist-models/releases/download/v0.1/python_{name}.zip"
-REGISTRY: Mapping[str, str] = {
-    "2D_versatile_fluo": "4ad678d0758eed6e55625f1b5ae30771e59adb79f1239e09b9772eac8846c3dd",
-    "2D_versatile_he": "f1696ef0631bd7e1c0e5c0d3017e2b4c6a95e284c6aab9c22fc2f08317817b28",
-    "2D_paper_dsb2018": "4c11cf68512341d9e8ce3d1278c64ceb8ac400582739f85fcab079a2e82840d2",
-    "2D_demo": "a1efaebd7103db6236655bf158b6e21cf5b38d58ec77a509802244a89a260fa4",
-}
-"""Published 2D models and the sha256 of their archives. Source: stardist 0.9.2 `models/__init__.py`; copied, because
-importing that module needs TensorFlow."""
+STOCK_DEFAULT_PROB, STOCK_DEFAULT_NMS = 0.5, 0.4
+"""Thresholds of a folder that states none. Source: stardist `models/base.py`, `StarDistBase.__init__`."""
+MAX_WEIGHT_FILE_BYTES = 2_000_000_000
+"""A larger file is refused unread; the published networks have 6 MB."""
 
 
 @dataclass(frozen=True)
@@ -95,67 +89,44 @@ def read_folder(folder: Path) -> Weights:
         WeightsError: a file is missing, unreadable, or does not match the configuration.
     """
     config = NetworkConfig.from_stardist(_read_json(folder / "config.json"))
-    cuts = _read_json(folder / "thresholds.json")
-    try:
-        thresholds = Thresholds(prob=float(cuts["prob"]), nms=float(cuts["nms"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder / 'thresholds.json'} must hold numbers 'prob' and 'nms', found {cuts}") from error
+    thresholds = _read_thresholds(folder / "thresholds.json")
     network = StarDistNetwork(config)
-    if (folder / SAFETENSORS_FILE).is_file():
-        state = _read_safetensors(folder / SAFETENSORS_FILE)
-    elif (folder / KERAS_FILE).is_file():
-        state = read_keras(folder / KERAS_FILE, prefix=config.unet_prefix)
-    else:
-        raise WeightsError(f"{folder} holds neither {SAFETENSORS_FILE} nor {KERAS_FILE}")
-    _assign(network, state, folder)
+    path = _weight_file(folder)
+    if path.stat().st_size > MAX_WEIGHT_FILE_BYTES:
+        raise WeightsError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_WEIGHT_FILE_BYTES} allowed")
+    state = _read_safetensors(path) if path.name == SAFETENSORS_FILE else read_keras(path, prefix=config.unet_prefix)
+    _assign(network, state, path)
     network.eval()
     return Weights(network, thresholds, fingerprint_of(network, thresholds), str(folder))
 
 
-def read_keras(path: Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Read convolution weights of a Keras "legacy h5" file, as Keras 2 and Keras 3 write it.
-
-    Args:
-        path: the h5 file: `/<layer>/<layer>/kernel` (HWIO) and `bias`, in Keras 2 with `:0` after the name.
-        prefix: the configuration's `unet_prefix`; only layers of the stem are looked for outside the U-Net's names.
-
-    Returns:
-        State for `StarDistNetwork`: `<layer>.weight` (OIHW) and `<layer>.bias`, float32. Layers that Keras numbered
-        (`conv2d_1`, ...) become `stem_0`, `stem_1`, ... in the order of the file's `layer_names`.
-
-    Raises:
-        WeightsError: the file is no such h5 file.
-    """
-    known = ("features", "prob", "dist", f"{prefix}down_level_", f"{prefix}middle_", f"{prefix}up_level_")
-    state: dict[str, torch.Tensor] = {}
-    num_stem = 0
-    try:
-        with h5py.File(path, "r") as file:
-            root = file.get("model_weights", file)
-            for entry in root.attrs["layer_names"]:
-                layer = entry.decode() if isinstance(entry, bytes) else str(entry)
-                arrays = _keras_arrays(root[layer])
-                if "kernel" not in arrays:
-                    continue
-                name = layer
-                if not layer.startswith(known):
-                    name, num_stem = f"stem_{num_stem}", num_stem + 1
-                state[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(arrays["kernel"].transpose(3, 2, 0, 1)))
-                state[f"{name}.bias"] = torch.from_numpy(arrays["bias"])
-    except (OSError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path} is not a Keras weight file of a StarDist model: {error}") from error
-    return state
+def _weight_file(folder: Path) -> Path:
+    for name in (SAFETENSORS_FILE, KERAS_FILE, KERAS_LAST_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(path for path in folder.iterdir() if path.suffix in (".h5", ".hdf5"))
+    if len(others) == 1:
+        return others[0]
+    raise WeightsError(
+        f"{folder} holds neither {SAFETENSORS_FILE} nor {KERAS_FILE} nor {KERAS_LAST_FILE}, and {len(others)} other h5 "
+        "files; name the one that counts " + KERAS_FILE
+    )
 
 
-def _keras_arrays(layer: Any) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            arrays[name.rsplit("/", 1)[-1].removesuffix(":0")] = np.asarray(item, dtype=np.float32)
-
-    layer.visititems(visit)
-    return arrays
+def _read_thresholds(path: Path) -> Thresholds:
+    """Thresholds of a folder; those that it does not state are the stock package's defaults, as there."""
+    cuts = _read_json(path) if path.is_file() else {}
+    values = {}
+    for key, default in (("prob", STOCK_DEFAULT_PROB), ("nms", STOCK_DEFAULT_NMS)):
+        value = cuts.get(key)
+        if value is None:
+            logger.warning("%s states no %r threshold; the stock package's default of %g is used", path, key, default)
+            value = default
+        # Stock StarDist replaces a threshold outside 0 to 1 by its default; here a file that is wrong is an error.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise WeightsError(f"{path} has {key}={value!r}; a number between 0 and 1 is needed, or none at all")
+        values[key] = float(value)
+    return Thresholds(**values)
 
 
 def save_folder(network: StarDistNetwork, thresholds: Thresholds, folder: Path) -> None:
@@ -165,18 +136,28 @@ def save_folder(network: StarDistNetwork, thresholds: Thresholds, folder: Path) 
         name: value.detach().float().cpu().contiguous() for name, value in network.convolutions.state_dict().items()
     }
     write_atomic(folder / SAFETENSORS_FILE, save(state))
+    _write_json_files(network, thresholds, folder)
+
+
+def save_keras_folder(network: StarDistNetwork, thresholds: Thresholds, folder: Path) -> None:
+    """Write a weight folder that the stock package opens: `config.json`, `thresholds.json`, `weights_best.h5`.
+
+    `StarDist2D(None, name=folder.name, basedir=folder.parent)` reads it, and its `export_TF` then gives the archive
+    that Fiji and QuPath open. It needs no TensorFlow.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{KERAS_FILE}.{uuid.uuid4().hex[:12]}"
+    try:
+        write_keras(network, temporary)
+        temporary.replace(folder / KERAS_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _write_json_files(network, thresholds, folder)
+
+
+def _write_json_files(network: StarDistNetwork, thresholds: Thresholds, folder: Path) -> None:
     write_atomic(folder / "config.json", json.dumps(network.config.to_stardist(), indent=1).encode())
     write_atomic(folder / "thresholds.json", json.dumps(asdict(thresholds)).encode())
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a local file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def fingerprint_of(network: StarDistNetwork, thresholds: Thresholds) -> str:
@@ -189,47 +170,12 @@ def fingerprint_of(network: StarDistNetwork, thresholds: Thresholds) -> str:
     return digest.hexdigest()[:16]
 
 
-def download(name: str, cache: Path | None = None) -> Path:
-    """Fetch a published model once and return its folder.
-
-    Args:
-        name: a key of `REGISTRY`.
-        cache: where models are kept; default `$XDG_CACHE_HOME/ctc_ray/stardist` or `~/.cache/ctc_ray/stardist`.
-
-    Raises:
-        WeightsError: the network does not allow it, or the archive is not the published one.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = (cache or base / "ctc_ray" / "stardist") / name
-    if (folder / KERAS_FILE).is_file():
-        return folder
-    url = _RELEASE.format(name=name)
-    try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
-            archive = response.read()
-    except (urllib.error.URLError, OSError) as error:
-        raise WeightsError(
-            f"the published model {name!r} could not be fetched from {url}: {error}. "
-            f"Fetch and unpack it by hand and give the folder instead of the name"
-        ) from error
-    found = hashlib.sha256(archive).hexdigest()
-    if found != REGISTRY[name]:
-        raise WeightsError(
-            f"{url} gave an archive with sha256 {found}, expected {REGISTRY[name]}; nothing was unpacked"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(io.BytesIO(archive)) as members:
-        for wanted in ("config.json", "thresholds.json", KERAS_FILE):  # the file that marks the folder complete is last
-            write_atomic(folder / wanted, members.read(wanted))
-    return folder
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise WeightsError(f"{path} is missing; a StarDist weight folder needs it") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise WeightsError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a JSON object, found {type(content).__name__}")
@@ -243,18 +189,22 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _assign(network: StarDistNetwork, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+def _assign(network: StarDistNetwork, state: Mapping[str, torch.Tensor], path: Path) -> None:
     expected = network.convolutions.state_dict()
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         raise WeightsError(
-            f"weights in {folder} do not fit its config.json: missing {missing[:4]}, unexpected {unknown[:4]} "
+            f"{path} does not fit its config.json: missing {missing[:4]}, unexpected {unknown[:4]} "
             f"({len(missing)} and {len(unknown)} in all)"
         )
     for name, value in expected.items():
         if value.shape != state[name].shape:
             raise WeightsError(
-                f"weights in {folder} do not fit its config.json: {name} has shape {tuple(state[name].shape)}, "
+                f"{path} does not fit its config.json: {name} has shape {tuple(state[name].shape)}, "
                 f"the configuration needs {tuple(value.shape)}"
+            )
+        if not state[name].isfinite().all():
+            raise WeightsError(
+                f"{path}: {name} holds values that are not finite; the training diverged or the file is damaged"
             )
     network.convolutions.load_state_dict({name: value.float() for name, value in state.items()})

@@ -32,20 +32,55 @@ def test_config_written_and_read_is_the_same() -> None:
     assert NetworkConfig.from_stardist(config.to_stardist()) == config
 
 
+def test_config_without_a_grid_has_the_stock_default() -> None:
+    assert NetworkConfig.from_stardist({}).grid == (1, 1)
+
+
+def test_config_ignores_what_changes_nothing_at_inference() -> None:
+    config = {"grid": [2, 2], "unet_dropout": 0.3, "train_epochs": 400, "use_gpu": True, "net_input_shape": [None] * 3}
+    assert NetworkConfig.from_stardist(config) == NetworkConfig()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("n_dim", 3),
+        ("axes", "XYC"),
         ("backbone", "resnet"),
         ("n_classes", 2),
         ("unet_batch_norm", True),
         ("unet_activation", "gelu"),
+        ("unet_activation", None),
+        ("unet_activation", ["relu"]),
         ("grid", [3, 3]),
+        ("grid", [0, 1]),
+        ("grid", [2, 2, 2]),
+        ("grid", 2),
+        ("grid", "22"),
+        ("grid", [2.0, 2.5]),
         ("unet_kernel_size", [4, 4]),
+        ("unet_kernel_size", [10**9 + 1, 3]),
+        ("unet_pool", [0, 2]),
+        ("n_rays", 2),
+        ("n_rays", "32"),
+        ("n_rays", None),
+        ("n_channel_in", 0),
+        ("n_channel_in", 1.0),
+        ("unet_n_depth", -1),
+        ("unet_n_depth", 1000),
+        ("unet_n_conv_per_depth", 0),
+        ("unet_n_filter_base", 10**12),
+        ("unet_n_filter_base", True),
+        ("unet_expansion", 0),
+        ("unet_expansion", float("nan")),
+        ("unet_expansion", 0.01),
+        ("unet_expansion", 15.5),
+        ("unet_prefix", None),
+        ("net_conv_after_unet", -1),
     ],
 )
-def test_config_of_another_kind_of_network_is_refused(key: str, value: object) -> None:
-    with pytest.raises(WeightsError, match=key.removeprefix("unet_")):
+def test_config_of_another_kind_of_network_is_refused_by_key(key: str, value: object) -> None:
+    with pytest.raises(WeightsError, match=key):
         NetworkConfig.from_stardist({key: value})
 
 

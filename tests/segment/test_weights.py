@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-import urllib.error
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -14,9 +12,15 @@ import pytest
 import torch
 
 from ctc_ray.errors import WeightsError
-from ctc_ray.segment import weights as weights_module
 from ctc_ray.segment.network import NetworkConfig, StarDistNetwork
-from ctc_ray.segment.weights import Thresholds, download, fingerprint_of, load_weights, read_keras, save_folder
+from ctc_ray.segment.weights import (
+    Thresholds,
+    fingerprint_of,
+    load_weights,
+    read_keras,
+    save_folder,
+    save_keras_folder,
+)
 
 SMALL = NetworkConfig(unet_n_depth=1, unet_n_filter_base=2, net_conv_after_unet=3, n_rays=4)
 
@@ -91,20 +95,127 @@ def test_unknown_name_is_refused_with_the_known_ones() -> None:
         load_weights("2D_versatile_flu")
 
 
-def test_download_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(url: str, timeout: float) -> None:
-        raise urllib.error.URLError("no route")
+@pytest.mark.parametrize("grid", [(1, 1), (4, 2)])
+def test_keras_folder_written_and_read_is_the_same(tmp_path: Path, grid: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    network = StarDistNetwork(NetworkConfig(unet_n_depth=1, unet_n_filter_base=2, n_rays=5, grid=grid))
+    for layer in network.convolutions.values():
+        torch.nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    save_keras_folder(network, Thresholds(0.4, 0.2), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "thresholds.json", "weights_best.h5"]
+    loaded = load_weights(tmp_path)
+    assert loaded.fingerprint == fingerprint_of(network, Thresholds(0.4, 0.2))
 
-    monkeypatch.setattr(weights_module.urllib.request, "urlopen", refuse)
-    with pytest.raises(WeightsError, match="by hand"):
-        download("2D_demo", cache=tmp_path)
+
+@pytest.fixture
+def keras_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_keras_folder(StarDistNetwork(SMALL), Thresholds(0.4, 0.3), tmp_path)
+    return tmp_path
 
 
-def test_download_of_a_changed_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("config.json", "{}")
-    monkeypatch.setattr(weights_module.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(content.getvalue()))
-    with pytest.raises(WeightsError, match="sha256"):
-        download("2D_demo", cache=tmp_path)
-    assert not (tmp_path / "2D_demo").exists()
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_keras_file_is_refused(keras_folder: Path, fraction: float) -> None:
+    path = keras_folder / "weights_best.h5"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * fraction)])
+    with pytest.raises(WeightsError, match=r"weights_best\.h5"):
+        load_weights(keras_folder)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_keras_file_with_overwritten_bytes_is_read_or_refused_by_name(keras_folder: Path, seed: int) -> None:
+    path = keras_folder / "weights_best.h5"
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    for position in rng.integers(len(content), size=40):
+        content[position] = int(rng.integers(256))
+    path.write_bytes(bytes(content))
+    reason = ""
+    try:
+        load_weights(keras_folder)
+    except WeightsError as error:
+        reason = str(error)
+    assert not reason or "weights_best.h5" in reason
+
+
+def _delete(file: h5py.File, layer: str) -> None:
+    del file[layer]
+
+
+def _forget(file: h5py.File, layer: str) -> None:
+    file.attrs["layer_names"] = [name for name in file.attrs["layer_names"] if name != layer.encode()]
+
+
+def _replace(file: h5py.File, layer: str, array: np.ndarray) -> None:
+    name = f"{layer}/{layer}/kernel:0"
+    del file[name]
+    file[name] = array
+
+
+def _declare_huge(file: h5py.File, layer: str) -> None:
+    name = f"{layer}/{layer}/kernel:0"
+    del file[name]
+    file.create_dataset(name, shape=(3, 3, 2**20, 2**20), dtype="f4", chunks=(1, 1, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: _delete(file, "middle_2"), "middle_2"),
+        (lambda file: _forget(file, "middle_2"), r"missing \['middle_2\.bias', 'middle_2\.weight'\]"),
+        (lambda file: _replace(file, "dist", np.zeros((1, 1, 3, 5))), r"dist\.weight has shape \(5, 3, 1, 1\)"),
+        (lambda file: _replace(file, "dist", np.zeros((3, 4))), "four axes"),
+        (lambda file: _replace(file, "dist", np.full((1, 1, 3, 4), np.nan)), "not finite"),
+        (lambda file: _replace(file, "dist", np.array([b"text"])), "dist|weight file"),
+        (lambda file: file.__delitem__("dist/dist/bias:0"), "a kernel of four axes and a bias"),
+        (lambda file: file.attrs.__delitem__("layer_names"), "layer_names"),
+        (lambda file: _declare_huge(file, "dist"), "more than any"),
+    ],
+)
+def test_keras_file_that_does_not_fit_is_refused_with_the_reason(
+    keras_folder: Path, damage: Callable[[h5py.File], None], reason: str
+) -> None:
+    with h5py.File(keras_folder / "weights_best.h5", "r+") as file:
+        damage(file)
+    with pytest.raises(WeightsError, match=reason) as refused:
+        load_weights(keras_folder)
+    assert "weights_best.h5" in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"prob": null}', None])
+def test_thresholds_that_are_not_stated_are_the_stock_defaults(
+    keras_folder: Path, content: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = keras_folder / "thresholds.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert load_weights(keras_folder).thresholds == Thresholds(prob=0.5, nms=0.4)
+    assert "thresholds.json" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "-0.1", "NaN", '"high"', "true", "[0.5]"])
+def test_thresholds_that_make_no_sense_are_refused(keras_folder: Path, value: str) -> None:
+    (keras_folder / "thresholds.json").write_text(f'{{"prob": 0.5, "nms": {value}}}')
+    with pytest.raises(WeightsError, match=r"thresholds\.json.*nms"):
+        load_weights(keras_folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[1, 2]", b"[" * 100_000, b"null"])
+def test_config_that_is_no_json_object_is_refused(keras_folder: Path, content: bytes) -> None:
+    (keras_folder / "config.json").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        load_weights(keras_folder)
+
+
+def test_weight_file_of_another_name_is_taken_only_where_it_is_alone(keras_folder: Path) -> None:
+    best = keras_folder / "weights_best.h5"
+    content = best.read_bytes()
+    best.rename(keras_folder / "epoch_12.h5")
+    assert load_weights(keras_folder).network.config == SMALL
+    (keras_folder / "epoch_13.h5").write_bytes(content)
+    with pytest.raises(WeightsError, match="2 other h5 files"):
+        load_weights(keras_folder)
+    (keras_folder / "weights_last.h5").write_bytes(content)
+    assert load_weights(keras_folder).network.config == SMALL
