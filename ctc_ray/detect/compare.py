@@ -26,7 +26,7 @@ from ctc_ray.detect.comparison import (
     summarise_patient,
     total_row,
 )
-from ctc_ray.detect.events import find_events_file, read_events
+from ctc_ray.detect.events import digest_events, find_events_file, read_gallery
 from ctc_ray.detect.fan_out import fan_out
 from ctc_ray.detect.stage import detected_patients, patient_folder, refuse_many_failures, table_frame
 from ctc_ray.errors import CtcRayError, MissingInputError, StaleOutputError
@@ -75,28 +75,37 @@ class Comparison:
     node: str
     pid: int
     failure: FailureRow | None = None
+    set_aside: tuple[FailureRow, ...] = ()
+    """Records of the event file that are no usable events."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """Units to compute, patients whose rows stay, and patients that cannot be compared."""
+    """Units to compute, patients whose rows stay, those of them whose folder is here, and patients that cannot be compared."""
 
     todo: list[CompareUnit]
     kept: dict[str, str]
+    seen: list[CompareUnit]
     failures: dict[str, FailureRow]
     stale: list[str]
     former: Record | None
 
 
-def compare_patient(cohort: Cohort, cellsearch: Store, unit: CompareUnit, config: CompareConfig) -> dict[str, pa.Table]:
+def compare_patient(
+    cohort: Cohort, cellsearch: Store, unit: CompareUnit, config: CompareConfig, events: pl.DataFrame
+) -> dict[str, pa.Table]:
     """Compare one patient; returns the rows of each table of TABLES.
 
+    Args:
+        cohort: with a finished detection run.
+        cellsearch: where the patient's folder and `truth.parquet` lie.
+        unit: the patient.
+        config: of the comparison.
+        events: of the patient, columns of EVENTS_FRAME.
+
     Raises:
-        CartridgeError: the event xml cannot be read.
         SchemaError: a table does not have its columns.
     """
-    data = cellsearch.read_bytes(unit.events_path)
-    events = read_events(data, cellsearch.describe(unit.events_path))
     given = _gather(cohort, cellsearch, unit.patient, events, config)
     rule = {"tolerance_px": config.tolerance_px, "min_overlap": config.min_overlap}
     matched = match_events(given.candidates, given.detections, given.events, **rule)
@@ -152,7 +161,9 @@ def _compare_on_worker(cohort: Cohort, cellsearch: Store, unit: CompareUnit, con
     """Compare one patient on a worker; what is wrong with that patient alone comes back as a failure."""
     node, pid = worker_identity()
     try:
-        return Comparison(unit.patient, compare_patient(cohort, cellsearch, unit, config), node, pid)
+        gallery = read_gallery(cellsearch, unit.events_path)
+        tables = compare_patient(cohort, cellsearch, unit, config, gallery.events)
+        return Comparison(unit.patient, tables, node, pid, set_aside=gallery.set_aside)
     except CtcRayError as error:
         return Comparison(unit.patient, {}, node, pid, _failure(cellsearch, unit.events_path, error))
 
@@ -177,7 +188,8 @@ def run_compare(
         progress: where progress goes.
 
     Returns:
-        Counts of the table's last row; units are patients. A patient whose xml is missing or broken is set aside.
+        Counts of the table's last row; units are patients. A patient whose xml is missing or broken is set aside; a single
+        event that cannot be read is left out and listed in `failures/compare/<patient>.parquet`.
 
     Raises:
         MissingInputError: there is no finished detection run of that name.
@@ -195,6 +207,7 @@ def run_compare(
         )
     failures, finished, tally = dict(work.failures), dict(work.kept), WorkerTally()
     tables: dict[str, list[pa.Table]] = {name: [] for name in TABLES}
+    aside = {unit.patient: read_gallery(source, unit.events_path).set_aside for unit in work.seen}
     if work.todo:
         digests = {unit.patient: unit.digest for unit in work.todo}
         arguments = [(cohort, source, unit, settings) for unit in work.todo]
@@ -205,11 +218,12 @@ def run_compare(
                     failures[result.patient] = result.failure
                     continue
                 finished[result.patient] = digests[result.patient]
+                aside[result.patient] = result.set_aside
                 tally.add(result.node, result.pid)
                 for name in TABLES:
                     tables[name].append(result.tables[name])
-    for patient in sorted({*failures, *finished}):
-        write_failures(cohort.store, STAGE, patient, [failures[patient]] if patient in failures else [])
+    for patient in sorted({*failures, *aside}):
+        write_failures(cohort.store, STAGE, patient, [failures[patient]] if patient in failures else aside[patient])
     refuse_many_failures(STAGE, failures, len(failures) + len(finished), settings.max_failure_fraction)
     record = work.former
     if record is None or work.todo or finished != record.inputs:
@@ -220,7 +234,7 @@ def run_compare(
         units_computed=len(finished) - len(work.kept),
         units_reused=len(work.kept),
         set_aside=len(failures),
-        counts=record.counts,
+        counts=record.counts | {"events_set_aside": sum(map(len, aside.values()))},
         paths=tuple(f"{folder}/{name}" for name in sorted(record.files)),
         seconds=time.monotonic() - started,
     )
@@ -253,6 +267,7 @@ def _find_work(config: CompareConfig, cohort: Cohort, cellsearch: Store, *, forc
     truth, labels = _judges(cohort, cellsearch)
     todo: list[CompareUnit] = []
     kept: dict[str, str] = {}
+    seen: list[CompareUnit] = []
     failures: dict[str, FailureRow] = {}
     stale: list[str] = []
     here = {patient for patient in patients if cellsearch.exists(patient)}
@@ -268,11 +283,12 @@ def _find_work(config: CompareConfig, cohort: Cohort, cellsearch: Store, *, forc
             continue
         if known == unit.digest and same_settings and not force:
             kept[patient] = unit.digest
+            seen.append(unit)
             continue
         todo.append(unit)
         if known is not None and not force:
             stale.append(patient)
-    return _Work(todo, kept, failures, stale, former)
+    return _Work(todo, kept, seen, failures, stale, former)
 
 
 def _unit(
@@ -287,7 +303,7 @@ def _unit(
     record = cohort.require(patient_folder(cohort, config.name, patient), "detect")
     parts = [
         record.identity,
-        digest_of(cellsearch.read_bytes(path)),
+        digest_events(cellsearch, path),
         None if truth is None else digest_of(truth.sort("field", "row", "col").write_csv().encode()),
         None if labels is None else digest_labels(labels),
     ]

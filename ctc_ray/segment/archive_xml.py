@@ -174,7 +174,7 @@ def _parse(data: bytes, source: str) -> Element:
             return _tree(data, forbid_dtd=False)  # a document type without entities, inside of the file, is harmless
     except DefusedXmlException as error:
         raise CartridgeError(f"{source} is refused: it declares entities or external references ({error})") from error
-    except (ParseError, ValueError) as error:
+    except (ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that does not exist
         raise CartridgeError(f"{source} is not well-formed xml: {error}") from error
 
 

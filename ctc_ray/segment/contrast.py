@@ -85,26 +85,30 @@ def unstretch(page: np.ndarray, limits: PageLimits) -> npt.NDArray[np.uint16]:
 
 
 def unstretch_planes(
-    planes: Mapping[int, np.ndarray], limits: Mapping[int, PageLimits | None]
+    planes: Mapping[int, np.ndarray], pages: Mapping[int, tifffile.TiffPage], path: str
 ) -> dict[int, np.ndarray]:
-    """Restore several pages.
+    """Restore several planes of a file.
 
     Args:
-        planes: page -> (H, W).
-        limits: page -> its limits; a page that is not named has none.
+        planes: index -> (H, W).
+        pages: index -> the page with its limits.
+        path: for messages.
 
     Raises:
         CartridgeError: a page has no limits, or limits that cannot be used.
     """
     restored: dict[int, np.ndarray] = {}
     for index, plane in planes.items():
-        found = limits.get(index)
-        if found is None:
-            raise CartridgeError(
-                f"page {index} has no contrast limits (tags {LOWER_TAG} and {UPPER_TAG}), which segment.contrast: "
-                "unstretched needs: use raw, or another cohort for cartridges without them"
-            )
-        restored[index] = unstretch(plane, found)
+        try:
+            limits = page_limits(pages[index])
+            if limits is None:
+                raise CartridgeError(
+                    f"page {pages[index].index} has no contrast limits (tags {LOWER_TAG} and {UPPER_TAG}), which "
+                    "segment.contrast: unstretched needs: use raw, or another cohort for cartridges without them"
+                )
+            restored[index] = unstretch(plane, limits)
+        except CartridgeError as error:
+            raise CartridgeError(f"{path}: {error}") from error
     return restored
 
 

@@ -16,7 +16,7 @@ from skimage.io import imread
 from ctc_ray.errors import CartridgeError, ConfigError
 from ctc_ray.schema import CROP_SIZE_PX, Channel
 from ctc_ray.segment.cartridge import TIFF_SUFFIXES, FieldFile
-from ctc_ray.segment.contrast import page_limits, unstretch_planes
+from ctc_ray.segment.contrast import unstretch_planes
 from ctc_ray.segment.tiff_pages import check_size, check_tiff, read_page
 from ctc_ray.storage import Store
 
@@ -106,16 +106,14 @@ def _planes(data: bytes, field: FieldFile, wanted: list[int], contrast: Contrast
             )
         if len(pages) == 1:
             planes = _split(read_page(pages[0], data, path), path, wanted)
-            return (
-                planes if contrast == "raw" else unstretch_planes(planes, dict.fromkeys(wanted, page_limits(pages[0])))
-            )
+            return planes if contrast == "raw" else unstretch_planes(planes, dict.fromkeys(wanted, pages[0]), path)
         _check_count(len(pages), wanted, path, "pages")
         for index in wanted:  # before any is decoded: a header can declare what no memory holds
             _check_shape(pages[index].shape, field)
         planes = {index: read_page(pages[index], data, path) for index in wanted}
         if contrast == "raw":
             return planes
-        return unstretch_planes(planes, {index: page_limits(pages[index]) for index in wanted})
+        return unstretch_planes(planes, {index: pages[index] for index in wanted}, path)
 
 
 def _split(image: np.ndarray, path: str, wanted: list[int]) -> dict[int, np.ndarray]:
