@@ -204,9 +204,9 @@ def _visible(store: Store, folder: str, suffixes: Sequence[str]) -> list[str]:
 
 
 def _strays(store: Store, folder: str) -> list[FailureRow]:
-    """What is named as an image and is none: folders, broken links, devices."""
+    """What is named as an image and is none: folders and devices."""
     names = [name for name in store.list_folders(folder) if is_image(name) and not name.startswith(".")]
-    return [_reject(f"{folder}/{name}", "it is a folder or a broken link, not a file") for name in names]
+    return [_reject(f"{folder}/{name}", "it is a folder or a device, not a file") for name in names]
 
 
 def _reject(path: str, reason: str) -> FailureRow:

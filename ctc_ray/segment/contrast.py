@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ LOWER_TAG = 755
 UPPER_TAG = 756
 OFFSET = 32_768
 """Some archives store signed counts with this offset."""
+_MAX_PAGES = 6
 MAX_COUNT = 4095
 """The camera has 12 bits."""
 LIMITS_SCHEMA = pa.schema([("field", pa.int16()), ("page", pa.int16()), ("lower", pa.uint16()), ("upper", pa.uint16())])
@@ -135,6 +137,6 @@ def field_limits(store: Store, fields: Iterable[FieldFile]) -> pa.Table:
 def _limits_of(store: Store, field: FieldFile) -> Sequence[PageLimits | None]:
     try:
         with store.open_input(field.path) as stream, tifffile.TiffFile(stream) as file:
-            return [page_limits(page.aspage()) for page in file.pages]
+            return [page_limits(page.aspage()) for page in islice(file.pages, _MAX_PAGES)]
     except (CartridgeError, MissingInputError, StorageError, tifffile.TiffFileError):
         return []

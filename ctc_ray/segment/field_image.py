@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -98,12 +99,7 @@ def _planes(data: bytes, field: FieldFile, wanted: list[int], contrast: Contrast
         return _split(np.asarray(imread(io.BytesIO(data))), path, wanted)
     check_tiff(data, path)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = [page.aspage() for page in file.pages]
-        fewest, most = CELLSEARCH_PAGES
-        if field.layout == "cellsearch" and not fewest <= len(pages) <= most:
-            raise CartridgeError(
-                f"{path} has {len(pages)} pages, a field has {fewest} to {most}: DNA, an extra marker, CK, CD45, more markers"
-            )
+        pages = _pages(file, field, wanted)
         if len(pages) == 1:
             planes = _split(read_page(pages[0], data, path), path, wanted)
             return planes if contrast == "raw" else unstretch_planes(planes, dict.fromkeys(wanted, pages[0]), path)
@@ -114,6 +110,19 @@ def _planes(data: bytes, field: FieldFile, wanted: list[int], contrast: Contrast
         if contrast == "raw":
             return planes
         return unstretch_planes(planes, {index: pages[index] for index in wanted}, path)
+
+
+def _pages(file: tifffile.TiffFile, field: FieldFile, wanted: list[int]) -> list[tifffile.TiffPage]:
+    """The pages of a file, no further than needed: the links of a damaged file may lead in a circle."""
+    fewest, most = CELLSEARCH_PAGES
+    limit = most + 1 if field.layout == "cellsearch" else max(wanted) + 2
+    pages = [page.aspage() for page in islice(file.pages, limit)]
+    if field.layout == "cellsearch" and not fewest <= len(pages) <= most:
+        count = f"{len(pages)} pages" if len(pages) <= most else f"more than {most} pages"
+        raise CartridgeError(
+            f"{field.path} has {count}, a field has {fewest} to {most}: DNA, an extra marker, CK, CD45, further markers"
+        )
+    return pages
 
 
 def _split(image: np.ndarray, path: str, wanted: list[int]) -> dict[int, np.ndarray]:

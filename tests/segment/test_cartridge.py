@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ctc_ray.errors import CartridgeError, ConfigError, MissingInputError
-from ctc_ray.segment.archive_xml import Geometry, read_archive
-from ctc_ray.segment.cartridge import find_cartridge, find_patients
+from ctc_ray.schema import Channel
+from ctc_ray.segment.archive_files import known_grid
+from ctc_ray.segment.archive_xml import MAX_XML_BYTES, Geometry, read_archive
+from ctc_ray.segment.cartridge import MAX_FIELD_BYTES, find_cartridge, find_patients
 from ctc_ray.storage import Store
 
 
@@ -128,6 +131,7 @@ def test_events_are_read_in_field_pixels_with_the_far_corner_first() -> None:
     assert (first.event_id, first.is_ctc) == ("7", True)
     assert (second.event_id, second.is_ctc, second.left, second.top) == ("8", True, 3, 2)
     assert third.is_ctc is False
+    assert [event.event_id for event in archive.rejected] == ["10"]
 
 
 BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "xx"><!ENTITY c "&b;&b;">]><archive>&c;</archive>'
@@ -149,3 +153,105 @@ OUTSIDE = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/pass
 def test_hostile_or_broken_xml_is_refused(text: str, reason: str) -> None:
     with pytest.raises(CartridgeError, match=reason):
         read_archive(text.encode(), "a.xml")
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "grid"),
+    [(210, (6, 35)), (180, (5, 36)), (175, (5, 35)), (170, (5, 34)), (144, (4, 36)), (140, (4, 35))],
+)
+def test_known_grids_are_told_by_their_number_of_frames(num_frames: int, grid: tuple[int, int]) -> None:
+    geometry = known_grid(range(1, num_frames + 1))
+    assert geometry == Geometry(*grid, 1036, 1384)
+
+
+def test_known_grid_with_a_few_frames_missing_is_still_told() -> None:
+    frames = set(range(1, 176)) - {3, 90, 175}
+    assert known_grid(frames) == Geometry(5, 35, 1036, 1384)
+    assert known_grid(set(range(1, 176)) - set(range(20, 60))) is None
+    assert known_grid([1, 2, 175]) is None
+    assert known_grid(range(1, 300)) is None
+    assert known_grid([]) is None
+
+
+def test_missing_xml_is_listed_and_the_fields_stay(tmp_path: Path) -> None:
+    cartridge = find_cartridge(touch(tmp_path, "A/processed/a_p1.tif"), "A")
+    assert len(cartridge.fields) == 1
+    assert [(row.source, row.kind) for row in cartridge.set_aside] == [("A/processed", "MissingInputError")]
+
+
+def test_xml_named_as_the_sample_is_preferred_and_others_are_not_read(tmp_path: Path) -> None:
+    store = touch(tmp_path, "A/a_p1.tif", "A/0_notes.xml", "A/A.xml")
+    (tmp_path / "A" / "A.xml").write_text(XML)
+    cartridge = find_cartridge(store, "A")
+    assert cartridge.geometry == Geometry(2, 3, 80, 100)
+    assert [row.source for row in cartridge.set_aside if row.source.endswith("xml")] == ["A/A.xml"]  # its filter names
+
+
+def test_overview_beside_the_frames_folder_is_passed_by(tmp_path: Path) -> None:
+    store = touch(tmp_path, "A/overview.tif", "A/A.xml", "A/processed/a_p1.tif", "A/processed/a_p2.tif")
+    (tmp_path / "A" / "A.xml").write_text("<archive/>")
+    cartridge = find_cartridge(store, "A")
+    assert [field.path for field in cartridge.fields] == ["A/processed/a_p1.tif", "A/processed/a_p2.tif"]
+
+
+def test_masks_below_the_images_are_not_taken_for_frames(tmp_path: Path) -> None:
+    cartridge = find_cartridge(touch(tmp_path, "A/one.tif", "A/two.tif", "A/masks/crop1.tif", "A/masks/crop2.tif"), "A")
+    assert [field.path for field in cartridge.fields] == ["A/one.tif", "A/two.tif"]
+
+
+def test_folder_or_device_named_as_an_image_is_listed(tmp_path: Path) -> None:
+    store = touch(tmp_path, "A/a_p1.tif", "A/A.xml", "A/a_p2.tif/inside.txt")
+    (tmp_path / "A" / "A.xml").write_text("<archive/>")
+    os.mkfifo(tmp_path / "A" / "a_p3.tif")
+    cartridge = find_cartridge(store, "A")
+    assert [field.field for field in cartridge.fields] == [1]
+    assert sorted(row.source for row in cartridge.set_aside) == ["A/a_p2.tif", "A/a_p3.tif"]
+
+
+def test_pages_follow_the_names_of_the_filters(tmp_path: Path) -> None:
+    store = touch(tmp_path, "A/a_p1.tif", "A/A.xml")
+    names = ("CD45-APC", "FITC", "DNA", "ck-pe")
+    filters = "".join(f"<record><filtername>{name}</filtername></record>" for name in names)
+    (tmp_path / "A" / "A.xml").write_text(f"<archive><test_filters>{filters}</test_filters></archive>")
+    cartridge = find_cartridge(store, "A")
+    assert cartridge.channels == {Channel.DAPI: 2, Channel.CK: 3, Channel.CD45: 0}
+    assert cartridge.set_aside == ()
+
+
+def test_filter_names_that_tell_nothing_are_listed_and_the_usual_pages_are_taken(tmp_path: Path) -> None:
+    store = touch(tmp_path, "A/a_p1.tif", "A/A.xml")
+    filters = "<record><filtername>1</filtername></record>" * 4
+    (tmp_path / "A" / "A.xml").write_text(f"<archive><test_filters>{filters}</test_filters></archive>")
+    cartridge = find_cartridge(store, "A")
+    assert cartridge.channels is None
+    assert [row.source for row in cartridge.set_aside] == ["A/A.xml"]
+    assert "usual order" in cartridge.set_aside[0].message
+
+
+def test_absurdly_large_files_are_set_aside_unread(tmp_path: Path) -> None:
+    store = touch(tmp_path, "A/a_p1.tif", "A/a_p2.tif", "A/A.xml")
+    for name, size in (("a_p2.tif", MAX_FIELD_BYTES + 1), ("A.xml", MAX_XML_BYTES + 1)):
+        with (tmp_path / "A" / name).open("r+b") as file:
+            file.truncate(size)  # sparse: it takes no room
+    cartridge = find_cartridge(store, "A")
+    assert [field.field for field in cartridge.fields] == [1]
+    assert sorted(row.source for row in cartridge.set_aside) == ["A/A.xml", "A/a_p2.tif"]
+
+
+def test_frame_number_of_any_length_is_read_or_set_aside(tmp_path: Path) -> None:
+    store = touch(tmp_path, "A/a_p0.tif", "A/a_p40000.tif", f"A/a_p{'9' * 60}.tif", "A/a_p2.tif", "A/A.xml")
+    (tmp_path / "A" / "A.xml").write_text("<archive/>")
+    cartridge = find_cartridge(store, "A")
+    assert [field.field for field in cartridge.fields] == [2]
+    assert len(cartridge.set_aside) == 3
+
+
+def test_folder_that_cannot_be_listed_is_refused_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = touch(tmp_path, "A/a_p1.tif")
+
+    def refuse(path: str = "") -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(store, "list_folders", refuse)
+    with pytest.raises(CartridgeError, match=r"'A'.*Permission denied"):
+        find_cartridge(store, "A")
