@@ -171,8 +171,10 @@ def test_training_whose_worker_is_killed_goes_on_to_the_same_weights(ray_cluster
             for worker in own_training_workers():
                 worker.kill()
 
-        half_done = lambda: 8 <= steps_done(tmp_path / "parts") < 150  # noqa: E731  # two lines for two words otherwise
-        killed.append(kill_when(lambda: half_done() and bool(own_training_workers()), kill))
+        def half_done() -> bool:
+            return 8 <= steps_done(tmp_path / "parts") < 150 and bool(own_training_workers())
+
+        killed.append(kill_when(half_done, kill))
 
     thread = threading.Thread(target=watch)
     thread.start()
