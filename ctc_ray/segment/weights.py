@@ -142,8 +142,9 @@ def save_folder(network: StarDistNetwork, thresholds: Thresholds, folder: Path) 
 def save_keras_folder(network: StarDistNetwork, thresholds: Thresholds, folder: Path) -> None:
     """Write a weight folder that the stock package opens: `config.json`, `thresholds.json`, `weights_best.h5`.
 
-    `StarDist2D(None, name=folder.name, basedir=folder.parent)` reads it, and its `export_TF` then gives the archive
-    that Fiji and QuPath open. It needs no TensorFlow.
+    `StarDist2D(None, name=folder.name, basedir=folder.parent)` reads it with Keras 2 and 3. With Keras 2
+    (`TF_USE_LEGACY_KERAS=1`) the model's `export_TF()` then writes the SavedModel archive of the Fiji plugin. Writing
+    the folder needs no TensorFlow.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{KERAS_FILE}.{uuid.uuid4().hex[:12]}"
