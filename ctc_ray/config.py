@@ -94,6 +94,8 @@ class SegmentConfig(Section):
     """Whether the overlap of adjacent fields is measured from their pixels; else they are taken to abut."""
     max_candidates: Count = 200_000
     """Cap on candidates before non-maximum suppression (which never returns on saturated fields)."""
+    skip_background: bool = True
+    """Whether the network leaves out empty parts of a field: quicker; an object that hardly rises above the noise may be lost."""
     max_failure_fraction: Fraction = operational(0.1)
     """Share of a run's fields that may fail before the stage does."""
     num_network_actors: Count = operational(1)

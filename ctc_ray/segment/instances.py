@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,9 +91,31 @@ def normalize_percentile(image: npt.ArrayLike, low: float = 1.0, high: float = 9
     Source: csbdeep `utils.normalize(image, 1, 99.8)`, as the StarDist examples call it (not its default of 3).
     """
     pixels = np.asarray(image)
-    limits = np.percentile(pixels, [low, high], axis=(0, 1), keepdims=True).astype(np.float32)
-    scaled: FloatArray = (pixels.astype(np.float32) - limits[0]) / (limits[1] - limits[0] + np.float32(1e-20))
+    planes = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+    limits = np.stack([image_percentiles(plane, (low, high)) for plane in planes], axis=-1).astype(np.float32)
+    below, above = limits if pixels.ndim == 3 else limits[:, 0]
+    scaled = pixels.astype(np.float32)
+    scaled -= below
+    scaled /= above - below + np.float32(1e-20)
     return scaled
+
+
+def image_percentiles(plane: np.ndarray, percentiles: tuple[float, ...]) -> npt.NDArray[np.floating[Any]]:
+    """Percentiles of an image, those of `np.percentile`; 8 and 16 bit images are counted instead of sorted.
+
+    Args:
+        plane: (H, W), any real dtype.
+        percentiles: 0 to 100.
+    """
+    if plane.dtype not in (np.uint8, np.uint16) or plane.size == 0:
+        return np.asarray(np.percentile(plane, percentiles))
+    ranks = np.cumsum(np.bincount(plane.ravel(), minlength=1))
+    place = (plane.size - 1) * (np.asarray(percentiles) / 100)
+    lower = np.searchsorted(ranks, np.floor(place), side="right").astype(np.float64)
+    upper = np.searchsorted(ranks, np.ceil(place), side="right").astype(np.float64)
+    part = place - np.floor(place)
+    # NumPy interpolates from the nearer side; the same sums give the same bits.
+    return np.where(part < 0.5, lower + (upper - lower) * part, upper - (upper - lower) * (1 - part))
 
 
 def pad_to_multiple(image: FloatArray, multiple: tuple[int, int]) -> FloatArray:
@@ -130,20 +153,51 @@ def select_candidates(
 
     Source: stardist `models/base.py`, `_predict_sparse_generator`; the cap is ours.
     """
-    above = np.zeros(prob.shape, dtype=bool)
-    inside = (slice(BORDER_GRID_CELLS, -BORDER_GRID_CELLS),) * 2
-    above[inside] = prob[inside] > prob_thresh
-    rows, columns = np.nonzero(above)
-    points = np.stack([rows * grid[0], columns * grid[1]], axis=1).astype(np.int64)
-    kept = np.all(points < np.asarray(shape), axis=1)
-    rows, columns, points = rows[kept], columns[kept], points[kept]
+    rows, columns = np.nonzero(prob > prob_thresh)
+    return candidates_at(
+        np.stack([rows, columns], axis=1),
+        prob[rows, columns],
+        dist[rows, columns],
+        map_shape=(prob.shape[0], prob.shape[1]),
+        shape=shape,
+        grid=grid,
+        max_candidates=max_candidates,
+    )
+
+
+def candidates_at(
+    positions: IntArray,
+    prob: FloatArray,
+    dist: FloatArray,
+    *,
+    map_shape: tuple[int, int],
+    shape: tuple[int, int],
+    grid: tuple[int, int],
+    max_candidates: int = DEFAULT_MAX_CANDIDATES,
+) -> Candidates:
+    """Choose among positions whose probability is above the threshold.
+
+    Args:
+        positions: (M, 2) integers, (row, column) on the grid, in row-major order.
+        prob: (M,) float32.
+        dist: (M, n_rays) float32, pixels.
+        map_shape: (H', W') of the maps of the padded image.
+        shape: (H, W) of the image before padding.
+        grid: pixels (row, column) between two positions.
+        max_candidates: as for `select_candidates`.
+
+    Source: as for `select_candidates`.
+    """
+    points = positions * np.asarray(grid, dtype=np.int64)
+    last = np.asarray(map_shape) - BORDER_GRID_CELLS
+    kept = np.all((positions >= BORDER_GRID_CELLS) & (positions < last) & (points < np.asarray(shape)), axis=1)
+    points, prob, dist = points[kept], prob[kept], dist[kept]
     num_dropped = max(0, len(points) - max_candidates)
     if num_dropped:
         logger.warning("%d candidates: only the %d most probable are kept", len(points), max_candidates)
-        best = np.sort(np.argsort(prob[rows, columns], kind="stable")[::-1][:max_candidates])
-        rows, columns, points = rows[best], columns[best], points[best]
-    distances = np.maximum(np.float32(MIN_DISTANCE_PX), dist[rows, columns])
-    return Candidates(prob[rows, columns], distances, points, shape, num_dropped)
+        best = np.sort(np.argsort(prob, kind="stable")[::-1][:max_candidates])
+        points, prob, dist = points[best], prob[best], dist[best]
+    return Candidates(prob, np.maximum(np.float32(MIN_DISTANCE_PX), dist), points, shape, num_dropped)
 
 
 def instances_from_candidates(candidates: Candidates, *, nms_thresh: float) -> Instances:

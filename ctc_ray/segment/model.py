@@ -11,15 +11,17 @@ import numpy.typing as npt
 import torch
 
 from ctc_ray.errors import ConfigError, SchemaError
+from ctc_ray.segment.gating import active_tiles, gated_windows, tiled_windows
+from ctc_ray.segment.inference import FieldNetwork, Window
 from ctc_ray.segment.instances import (
     DEFAULT_MAX_CANDIDATES,
     Candidates,
     FloatArray,
     Instances,
+    candidates_at,
     instances_from_candidates,
     normalize_percentile,
     pad_to_multiple,
-    select_candidates,
 )
 from ctc_ray.segment.weights import Thresholds, Weights, load_weights
 
@@ -68,6 +70,7 @@ class StarDist:
         precision: str = "auto",
         device: str | torch.device | None = None,
         percentiles: tuple[float, float] = (1.0, 99.8),
+        skip_background: bool = False,
     ) -> None:
         """Put the network on a device.
 
@@ -76,21 +79,19 @@ class StarDist:
             precision: `auto`, `fp32` or `bf16`.
             device: default `cuda` where there is one, else `cpu`.
             percentiles: grey levels of an image that become 0 and 1.
+            skip_background: whether parts of an image that are empty are left out (`gating.py`): quicker on sparse
+                fields; an object that hardly rises above the noise may be lost.
 
         Raises:
             ConfigError: the precision is unknown.
         """
         self._percentiles = percentiles
+        self._skip_background = skip_background
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = resolve_precision(precision, self.device)
         self.weights = weights
-        self._dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        network = weights.network.eval().to(self.device).to(memory_format=torch.channels_last)
-        if self.precision == "bf16":
-            for name, layer in network.convolutions.items():
-                if name not in ("prob", "dist"):  # the heads stay in float32, see StarDistNetwork.forward
-                    layer.to(torch.bfloat16)
-        self._network = network
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self._network = FieldNetwork(weights.network.eval(), dtype=dtype, device=self.device)
 
     @classmethod
     def load(
@@ -100,6 +101,7 @@ class StarDist:
         precision: str = "auto",
         device: str | torch.device | None = None,
         percentiles: tuple[float, float] = (1.0, 99.8),
+        skip_background: bool = False,
     ) -> StarDist:
         """Load a model.
 
@@ -108,12 +110,19 @@ class StarDist:
             precision: `auto` (bf16 where the processor has it natively, else fp32), `fp32` or `bf16`.
             device: default `cuda` where there is one, else `cpu`.
             percentiles: grey levels of an image that become 0 and 1.
+            skip_background: whether empty parts of an image are left out, see above.
 
         Raises:
             WeightsError: the weights cannot be found or read.
             ConfigError: the precision is unknown.
         """
-        return cls(load_weights(source), precision=precision, device=device, percentiles=percentiles)
+        return cls(
+            load_weights(source),
+            precision=precision,
+            device=device,
+            percentiles=percentiles,
+            skip_background=skip_background,
+        )
 
     @property
     def thresholds(self) -> Thresholds:
@@ -133,17 +142,22 @@ class StarDist:
         Raises:
             SchemaError: the image has another number of axes or channels, or no pixels.
         """
-        prob, dist, shape = self._padded_maps(image)
+        padded, shape = self._padded(image)
+        prob, dist = self._network.maps(padded, self._network.whole((padded.shape[1], padded.shape[2])))
+        config = self._network.config
         rows, columns = (
             size - ((-side) % step) // grid
-            for size, side, step, grid in zip(
-                prob.shape, shape, self.weights.network.config.multiple, self.weights.network.config.grid, strict=True
-            )
+            for size, side, step, grid in zip(prob.shape, shape, config.multiple, config.grid, strict=True)
         )
         return prob[:rows, :columns], np.maximum(np.float32(1e-3), dist[:rows, :columns])
 
     def candidates(
-        self, image: npt.ArrayLike, *, prob_thresh: float | None = None, max_candidates: int = DEFAULT_MAX_CANDIDATES
+        self,
+        image: npt.ArrayLike,
+        *,
+        prob_thresh: float | None = None,
+        max_candidates: int = DEFAULT_MAX_CANDIDATES,
+        n_tiles: tuple[int, int] | None = None,
     ) -> Candidates:
         """The network's part of `predict`: positions above the probability threshold, not yet suppressed.
 
@@ -151,17 +165,27 @@ class StarDist:
             image: as for `maps`.
             prob_thresh: default from the weights.
             max_candidates: cap, see `select_candidates`.
+            n_tiles: as for `predict`.
 
         Raises:
             SchemaError: as for `maps`.
         """
-        prob, dist, shape = self._padded_maps(image)
-        return select_candidates(
-            prob,
-            dist,
-            shape=shape,
-            grid=self.weights.network.config.grid,
+        padded, shape = self._padded(image)
+        padded_shape = padded.shape[1], padded.shape[2]
+        network = self._network
+        found = network.peaks(
+            padded,
+            self._windows(padded, n_tiles),
             prob_thresh=self.thresholds.prob if prob_thresh is None else prob_thresh,
+        )
+        grid = network.config.grid
+        return candidates_at(
+            found.positions,
+            found.prob,
+            found.dist,
+            map_shape=(padded_shape[0] // grid[0], padded_shape[1] // grid[1]),
+            shape=shape,
+            grid=grid,
             max_candidates=max_candidates,
         )
 
@@ -172,6 +196,7 @@ class StarDist:
         prob_thresh: float | None = None,
         nms_thresh: float | None = None,
         max_candidates: int = DEFAULT_MAX_CANDIDATES,
+        n_tiles: tuple[int, int] | None = None,
     ) -> Instances:
         """Find the objects of an image, as the stock `predict_instances(sparse=True)` does on a normalised image.
 
@@ -180,27 +205,28 @@ class StarDist:
             prob_thresh: default from the weights.
             nms_thresh: default from the weights.
             max_candidates: cap, see `select_candidates`.
+            n_tiles: rows and columns of tiles that the network computes one after another, to bound its memory on large
+                images; each with all pixels that have an influence, so that the result is the same.
 
         Raises:
             SchemaError: as for `maps`.
         """
-        found = self.candidates(image, prob_thresh=prob_thresh, max_candidates=max_candidates)
+        found = self.candidates(image, prob_thresh=prob_thresh, max_candidates=max_candidates, n_tiles=n_tiles)
         return instances_from_candidates(found, nms_thresh=self.thresholds.nms if nms_thresh is None else nms_thresh)
 
-    def _padded_maps(self, image: npt.ArrayLike) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
+    def _windows(self, padded: FloatArray, n_tiles: tuple[int, int] | None) -> list[Window]:
+        config, shape = self._network.config, (padded.shape[1], padded.shape[2])
+        if n_tiles is not None:
+            return tiled_windows(n_tiles, config, shape)
+        if self._skip_background:
+            return gated_windows(active_tiles(padded.max(axis=0)), config, shape)
+        return self._network.whole(shape)
+
+    def _padded(self, image: npt.ArrayLike) -> tuple[FloatArray, tuple[int, int]]:
+        """Normalised and padded image (C, H', W'), and the shape (H, W) before padding."""
         pixels = self._checked(np.asarray(image))
-        config = self.weights.network.config
-        padded = pad_to_multiple(normalize_percentile(pixels, *self._percentiles), config.multiple)
-        batch = (
-            torch.from_numpy(padded)
-            .permute(2, 0, 1)[None]
-            .to(self.device, self._dtype, memory_format=torch.channels_last)
-        )
-        with torch.inference_mode():
-            logits, dist = self._network(batch)
-            prob = torch.sigmoid(logits)[0, 0].cpu().numpy()
-            rays = dist[0].permute(1, 2, 0).cpu().numpy()
-        return prob, rays, (pixels.shape[0], pixels.shape[1])
+        padded = pad_to_multiple(normalize_percentile(pixels, *self._percentiles), self._network.config.multiple)
+        return np.ascontiguousarray(np.moveaxis(padded, -1, 0)), (pixels.shape[0], pixels.shape[1])
 
     def _checked(self, pixels: np.ndarray) -> np.ndarray:
         channels = self.weights.network.config.n_channel_in

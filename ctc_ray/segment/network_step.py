@@ -39,7 +39,12 @@ class CandidateFinder:
         """
         torch.set_num_threads(num_threads)
         self._settings = settings
-        self._model = StarDist.load(settings.weights, precision=settings.precision, percentiles=settings.percentiles)
+        self._model = StarDist.load(
+            settings.weights,
+            precision=settings.precision,
+            percentiles=settings.percentiles,
+            skip_background=settings.skip_background,
+        )
 
     def __call__(self, fields: pa.Table) -> pa.Table:
         """Add candidates to a table of `IMAGE_SCHEMA`."""

@@ -49,6 +49,7 @@ class Settings:
         nms_thresh: cut of the overlap.
         percentiles: of the CK page, become 0 and 1.
         max_candidates: cap before non-maximum suppression.
+        skip_background: whether empty parts of a field are left out of the network.
         channel_map: channel -> page; the usual pages where the user gave none.
         channels_by_name: whether the names of an archive's filters come before `channel_map`.
         contrast: `raw` or `unstretched`.
@@ -65,6 +66,7 @@ class Settings:
     nms_thresh: float
     percentiles: tuple[float, float]
     max_candidates: int
+    skip_background: bool
     channel_map: Mapping[Channel, int | None]
     channels_by_name: bool
     contrast: Contrast
@@ -143,6 +145,7 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
         "thresholds": [prob, nms],
         "percentiles": [low, high],
         "max_candidates": config.max_candidates,
+        "skip_background": config.skip_background,
         "channel_map": _named(channel_map),
     }
     if config.contrast != "raw":
@@ -159,6 +162,7 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
         nms_thresh=nms,
         percentiles=(low, high),
         max_candidates=config.max_candidates,
+        skip_background=config.skip_background,
         channel_map=channel_map,
         channels_by_name=config.channel_map is None,
         contrast=config.contrast,
