@@ -126,7 +126,8 @@ def found_by_centre(truth: pl.DataFrame, found: Instances) -> npt.NDArray[np.boo
     if not len(found):
         return inside
     distance, _ = cKDTree(found.points).query(centres)
-    return np.logical_or(inside, distance <= NEAR_PX)
+    near: npt.NDArray[np.bool_] = inside | (distance <= NEAR_PX)
+    return near
 
 
 def summarise(tally: PhantomTally) -> pl.DataFrame:

@@ -3,8 +3,9 @@
     python -m benchmarks.train_default_segmenter --nuclei ../shared/data/dsb2018/train --work /tmp/segmenter
 
 Draws phantom fields with their outlines into WORK/data, puts the nuclei beside them and trains into WORK/model with the
-code of `ctc-ray train-segmenter`. Run it again to go on after an interruption. WORK/model then is a weight folder; its
-`history.jsonl` has AP at IoU 0.5 on held-out images against steps.
+code of `ctc-ray train-segmenter --local`. Run it again to go on after an interruption. WORK/model then is a weight folder; its
+`history.jsonl` has AP at IoU 0.5 on held-out images against steps. With `--take FOLDER` nothing is trained: the weights of
+the last checkpoint, of a training that may be under way, go to FOLDER with thresholds chosen on the same held-out images.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from pathlib import Path
 import numpy as np
 from skimage.io import imsave
 
-from ctc_ray.config import load_config
+from ctc_ray.config import TrainSegmenterConfig, load_config
 from ctc_ray.phantom import PROFILES, draw_field
 from ctc_ray.progress import Progress
+from ctc_ray.segment import StarDist
+from ctc_ray.segment.patches import split_pairs
+from ctc_ray.segment.scores import optimise_thresholds
 from ctc_ray.segment.train_segmenter import run_train_segmenter
+from ctc_ray.segment.training_images import find_pairs, read_usable_pairs
+from ctc_ray.segment.weights import Thresholds, save_folder
 
 PHANTOM_SEED = 2002
 """Its patients are in no demo, test or benchmark."""
@@ -48,20 +54,37 @@ def copy_nuclei(nuclei: Path, data: Path) -> None:
                 shutil.copyfile(path, data / folder / path.name)
 
 
+def take_checkpoint(section: TrainSegmenterConfig, work: Path, out: Path) -> Thresholds:
+    """Write the newest weights of a training with thresholds of their own; gives those."""
+    usable, _ = read_usable_pairs(find_pairs(work / "data" / "images", work / "data" / "masks"), page=section.page)
+    _, held_out = split_pairs(usable, fraction=section.held_out_fraction, seed=section.seed)
+    # fp32: the weights that are saved must not have gone through bfloat16.
+    model = StarDist.load(work / "model" / "latest", precision="fp32")
+    thresholds = optimise_thresholds(model, [pair for _, pair in held_out])
+    save_folder(model.weights.network, thresholds, out)
+    return thresholds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nuclei", type=Path, required=True, help="folder with images/ and masks/")
+    parser.add_argument(
+        "--nuclei", type=Path, default=Path("../shared/data/dsb2018/train"), help="with images/ and masks/"
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--fields", type=int, default=80, help="phantom fields")
     parser.add_argument("--set", action="append", default=[], help="train_segmenter.KEY=VALUE")
+    parser.add_argument("--take", type=Path, metavar="FOLDER", help="only write the last checkpoint's weights there")
     arguments = parser.parse_args()
     progress = Progress()
+    config = load_config(None, arguments.set)
+    if arguments.take:
+        print(take_checkpoint(config.train_segmenter, arguments.work, arguments.take))
+        return
     data = arguments.work / "data"
     for folder in ("images", "masks"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     write_phantom_pairs(data, arguments.fields, progress)
     copy_nuclei(arguments.nuclei, data)
-    config = load_config(None, arguments.set)
     print(
         run_train_segmenter(
             config, data / "images", data / "masks", arguments.work / "model", progress=progress, local=True
