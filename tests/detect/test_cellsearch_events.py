@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from ctc_ray.config import PhantomConfig
-from ctc_ray.detect.events import find_events_file, read_events
+from ctc_ray.detect.events import digest_events, find_events_file, read_events, read_gallery
 from ctc_ray.errors import CartridgeError
 from ctc_ray.phantom import write_phantom
 from ctc_ray.phantom.kinds import CTC_KINDS
@@ -87,3 +87,42 @@ def test_read_events_phantom_archive_boxes_of_ctcs_hold_a_true_ctc(tmp_path: Pat
             & pl.col("col").is_between(event["col_low"] - 1, event["col_high"] + 1)
         )
         assert inside.height >= 1
+
+
+def test_read_gallery_malformed_records_are_rows_and_the_rest_stays(faked: ModuleType, tmp_path: Path) -> None:
+    good = "".join(faked.event_xml(n, 1, 100 * n, 50, 10, is_ctc=n == 2) for n in (1, 2, 3))
+    bad = faked.event_xml(4, 1, 100, 50, 10, is_ctc=True)
+    records = (
+        good
+        + bad.replace("<framenum>1", "<framenum>one")
+        + bad.replace("<rid>4", "<rid>5").replace("<framenum>1", "<framenum>9")
+        + bad.replace("<rid>4</rid>", "")
+        + bad.replace("<rid>4", "<rid>6").replace("(60,110)", "(9060,9110)")
+    )
+    (tmp_path / "A.xml").write_text(faked.archive_xml(records))
+    gallery = read_gallery(Store(str(tmp_path)), "A.xml")
+    assert gallery.events["event_id"].to_list() == ["1", "2", "3"]
+    assert [row.source.rsplit(" event ", 1)[-1] for row in gallery.set_aside] == ["4", "5", "record 6", "6"]
+    assert all(str(tmp_path) in row.source and row.kind == "CartridgeError" for row in gallery.set_aside)
+    reasons = " ".join(row.message for row in gallery.set_aside)
+    for word in ("framenum is 'one'", "frame 9 is not on the grid", "neither rid nor eventnum", "outside of frame 1"):
+        assert word in reasons
+
+
+def test_read_gallery_of_celltracks_xp_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "XP" / "mic07"
+    folder.mkdir(parents=True)
+    (folder / "pic.dlm").write_bytes('"t1"¦a¦b¦1¦c\n"t2"¦a¦b¦140¦c\n'.encode("latin-1"))
+    rows = ["i¦t2¦700¦500¦20¦10¦a¦b¦c¦d¦Y¦e¦f", "i¦t9¦700¦500¦20¦10¦a¦b¦c¦d¦Y¦e¦f", "i¦t1¦70¦50¦20¦10¦a¦b¦c¦d¦N¦e¦f"]
+    (folder / "cells.dlm").write_bytes("\n".join(rows).encode("latin-1"))
+    store = Store(str(tmp_path))
+    path = find_events_file(store, "XP")
+    gallery = read_gallery(store, path)
+    assert gallery.events.rows() == [
+        ("1", 140, 495.0, 690.0, 506.0, 711.0, True),
+        ("3", 1, 45.0, 60.0, 56.0, 81.0, False),
+    ]
+    assert [row.source.rsplit(" event ", 1)[-1] for row in gallery.set_aside] == ["2"]
+    before = digest_events(store, path)
+    (folder / "pic.dlm").write_bytes('"t1"¦a¦b¦1¦c\n"t2"¦a¦b¦139¦c\n'.encode("latin-1"))
+    assert digest_events(store, path) != before

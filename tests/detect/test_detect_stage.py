@@ -174,6 +174,25 @@ def test_run_compare_other_tolerance_is_stale_without_force(
 
 
 @pytest.mark.ray
+def test_run_compare_events_that_cannot_be_read_are_listed_and_the_patient_is_compared(
+    faked: ModuleType, cohort: tuple[Cohort, dict[str, object]], tmp_path: Path, ray_cluster: None
+) -> None:
+    place, patients = cohort
+    _detect(faked, place)
+    cellsearch = faked.write_cellsearch(tmp_path / "cellsearch", {n: patients[n] for n in FINAL})
+    xml = cellsearch / "Müller 3" / "Müller 3.xml"
+    broken = faked.event_xml(900, 1, 100, 50, 10, is_ctc=True).replace("<framenum>1", "<framenum>?")
+    xml.write_text(xml.read_text(encoding="utf-8").replace("</events>", f"{broken}</events>"), encoding="utf-8")
+    for computed in (2, 0):  # a second run computes nothing and lists the same
+        result = run_compare(RunConfig(), place, cellsearch=str(cellsearch), progress=QUIET)
+        assert (result.units_computed, result.set_aside, result.counts["events_set_aside"]) == (computed, 0, 1)
+        failures = read_failures(place.store, "compare")
+        assert failures["unit"].to_list() == ["Müller 3"]
+        assert failures["source"][0].endswith("Müller 3.xml event 900")
+    assert "900" not in _tables(place, place.detection("final"))["events"]["event_id"]
+
+
+@pytest.mark.ray
 def test_run_compare_every_xml_missing_fails_and_keeps_what_was(
     faked: ModuleType, cohort: tuple[Cohort, dict[str, object]], tmp_path: Path, ray_cluster: None
 ) -> None:
