@@ -3,6 +3,10 @@
 The xml of an archive steps by a full camera width, as if fields abutted; the stage leaves a strip that both neighbours
 show. It is found by correlating strips of the DAPI page (nuclei are dense, so a narrow strip holds some) and adding up
 the evidence of several seams.
+
+Source: phase correlation of adjacent strips. Departure: detail is brought out by a filter of a few pixels and compared at each
+overlap in turn. The cross-power spectrum of whole border strips finds the same overlaps on phantoms, but one pixel off where
+the overlap is narrow (6 and 10 px).
 """
 
 from __future__ import annotations
