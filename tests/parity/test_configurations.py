@@ -88,3 +88,5 @@ def test_network_of_any_configuration_gives_the_stock_maps_and_label_image(name:
         assert len(found) >= 10  # else the comparison says nothing
         np.testing.assert_array_equal(found.labels, stock["labels"])
         np.testing.assert_array_equal(found.points, stock["points"])
+        tiled = model.predict(image, n_tiles=(2, 2))
+        np.testing.assert_array_equal(tiled.labels, stock["labels"])

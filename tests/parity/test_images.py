@@ -160,6 +160,17 @@ def test_whole_image_gives_the_label_image_of_tiled_stock(
         np.testing.assert_array_equal(found.labels, expected["labels"])
 
 
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("name", NAMES[-2:])
+def test_tiled_image_gives_the_label_image_of_stock_tiled_and_whole(
+    name: str, tiles: str, stock: Path, images: dict[str, np.ndarray], model: StarDist
+) -> None:
+    found = model.predict(images[name], n_tiles=TILES[tiles])
+    for expected_file in (f"{name}, {tiles}.npz", f"{name}.npz"):
+        with np.load(stock / expected_file) as expected:
+            np.testing.assert_array_equal(found.labels, expected["labels"])
+
+
 @pytest.mark.parametrize("layout", KERAS_FIXTURES)
 def test_fixture_of_either_keras_layout_gives_the_stock_label_image(layout: str, stock: Path) -> None:
     found = StarDist.load(stock / layout, precision="fp32", device="cpu").predict(np.load(stock / layout / "image.npy"))

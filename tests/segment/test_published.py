@@ -30,8 +30,10 @@ class Server:
     """A release page on this machine that gives one answer, whole or cut, and counts who asks."""
 
     def __init__(self) -> None:
-        self.answer, self.announced, self.status, self.asked = b"", None, 200, []  # type: ignore[var-annotated]
-        self.announced: int | None
+        self.answer = b""
+        self.announced: int | None = None
+        self.status = 200
+        self.asked: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):

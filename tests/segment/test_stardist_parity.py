@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +53,17 @@ def test_maps_bf16_stay_near_stock_maps(keras_folder: Path, expected: dict[str, 
     prob, dist = StarDist.load(keras_folder, precision="bf16").maps(expected["image"])
     assert 0 < np.abs(prob - expected["prob"]).max() < 5e-3
     assert np.abs(dist - expected["dist"]).max() < 0.1
+
+
+def test_prediction_imports_no_tensorflow_even_where_it_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow was imported')")
+    (tmp_path / "keras.py").write_text("raise SystemExit('keras was imported')")
+    program = (
+        "import numpy; from ctc_ray.segment import StarDist; import ctc_ray.segment.published; "
+        "StarDist.load().predict(numpy.random.default_rng(0).integers(0, 255, (64, 64)))"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
