@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from skimage.io import imread
 
 from ctc_ray.errors import CartridgeError, MissingInputError, SchemaError
 from ctc_ray.records import FailureRow
+from ctc_ray.segment.tiff_pages import check_tiff, read_page
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 IMAGE_SUFFIXES = (".png", *TIFF_SUFFIXES)
@@ -143,7 +146,7 @@ def read_pair(files: PairFiles, *, page: int = CK_PAGE, allow_empty: bool = Fals
 
     Args:
         files: where they lie.
-        page: page of an image that has several, from 0; the mask's first page is taken.
+        page: page of an image that has several, from 0; of the mask the first page is taken.
         allow_empty: whether a mask without objects says that there are none, rather than that somebody forgot them.
 
     Raises:
@@ -161,12 +164,33 @@ def read_pair(files: PairFiles, *, page: int = CK_PAGE, allow_empty: bool = Fals
 
 def _decode(path: Path, page: int) -> np.ndarray:
     try:
-        if path.suffix.lower() not in TIFF_SUFFIXES:
-            return np.asarray(imread(path))
-        with tifffile.TiffFile(path) as file:
-            return np.asarray(file.pages[page if len(file.pages) > 1 else 0].asarray())
+        data = path.read_bytes()
+        if not data:
+            raise CartridgeError(f"{path} is empty (0 bytes)")
+        return _decode_tiff(data, str(path), page) if path.suffix.lower() in TIFF_SUFFIXES else _decode_png(data)
+    except CartridgeError:
+        raise
     except Exception as error:  # decoders of damaged files raise anything; one file must not end the training
         raise CartridgeError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    return np.asarray(imread(io.BytesIO(data)))
+
+
+def _decode_tiff(data: bytes, path: str, page: int) -> np.ndarray:
+    check_tiff(data, path)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        # No further than needed: the links of a damaged file may lead in a circle.
+        pages = [one.aspage() for one in islice(file.pages, page + 1)]
+        if page < len(pages):
+            return read_page(pages[page], data, path)
+        following = file.pages.next_page_offset
+        if not pages or (following and any(data[following : following + 4])):
+            raise CartridgeError(f"{path} is truncated: its {len(pages)} pages announce another that is not there")
+        if len(pages) > 1:
+            raise CartridgeError(f"{path} has {len(pages)} pages, and train_segmenter.page asks for {page} (from 0)")
+        return read_page(pages[0], data, path)
 
 
 def _grey_levels(image: np.ndarray, path: Path) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from skimage.io import imsave
 from ctc_ray.config import PhantomConfig, load_config
 from ctc_ray.errors import CartridgeError, MissingInputError, SchemaError, TooManyFailuresError
 from ctc_ray.phantom import draw_field, write_phantom
+from ctc_ray.phantom.archive import encode_tiff
 from ctc_ray.phantom.kinds import PROFILES
 from ctc_ray.progress import Progress
 from ctc_ray.records import read_failures
@@ -40,6 +41,11 @@ def truncated(image: Path, mask: Path) -> None:
 
 def text(image: Path, mask: Path) -> None:
     image.write_text("no image")
+
+
+def no_tiff(image: Path, mask: Path) -> None:
+    image.with_suffix(".tif").write_text("no image")
+    image.unlink()
 
 
 def broken_mask(image: Path, mask: Path) -> None:
@@ -69,9 +75,10 @@ def foreground_mask(image: Path, mask: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (zero_byte, "cannot be read"),
+        (zero_byte, "0 bytes"),
         (truncated, "cannot be read"),
         (text, "cannot be read"),
+        (no_tiff, "not a TIFF"),
         (broken_mask, "cannot be read"),
         (colours, "one channel"),
         (other_shape, r"\(5, 5\)"),
@@ -88,7 +95,7 @@ def test_unusable_pair_is_set_aside_with_its_reason(
     usable, failures = read_usable_pairs(find_pairs(images, masks))
     assert [pair.name for _, pair in usable] == ["disc-0", "disc-2"]
     (row,) = failures
-    assert row.source.endswith("disc-1.png")
+    assert Path(row.source).stem == "disc-1"
     with pytest.raises(CartridgeError, match=reason):
         raise CartridgeError(row.message)
 
@@ -160,6 +167,40 @@ def test_phantom_cartridges_give_the_ck_page_and_its_mask(tmp_path: Path) -> Non
     np.testing.assert_array_equal(pair.labels, tifffile.imread(tmp_path / ".masks" / "P01" / "P01p002_ck.tif"))
     # Objects are where the page is bright: image and mask are of one page.
     assert np.median(pair.image[pair.labels > 0]) > np.median(pair.image[pair.labels == 0])
+
+
+def test_cartridge_field_cut_off_anywhere_is_never_read_as_another_page(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    whole = encode_tiff(np.stack([disc_pair(seed).image for seed in range(4)]))
+    save(tmp_path / "masks" / "a_ck.tif", disc_pair(2).labels.astype(np.uint16))
+    (tmp_path / "images" / "a.tif").write_bytes(whole)
+    (files,) = find_pairs(tmp_path / "images", tmp_path / "masks")
+    np.testing.assert_array_equal(read_pair(files).image, disc_pair(2).image)
+    read, refused = 0, 0
+    for length in range(0, len(whole), 97):
+        files.image.write_bytes(whole[:length])
+        try:
+            image = read_pair(files).image
+        except CartridgeError:
+            refused += 1
+        else:
+            read += 1
+            np.testing.assert_array_equal(image, disc_pair(2).image)
+    # The page of CK is whole long before the file is.
+    assert read > 20
+    assert refused > 200
+
+
+def test_page_that_a_field_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "i").mkdir()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "i" / "a.tif").write_bytes(encode_tiff(np.stack([disc_pair(seed).image for seed in range(2)])))
+    save(tmp_path / "m" / "a.tif", disc_pair(0).labels.astype(np.uint16))
+    (files,) = find_pairs(tmp_path / "i", tmp_path / "m")
+    with pytest.raises(CartridgeError, match=r"2 pages.*train_segmenter\.page"):
+        read_pair(files)
+    assert read_pair(files, page=1).image.shape == (96, 96)
 
 
 def settings_for(steps: int, *more: str) -> list[str]:
