@@ -54,6 +54,77 @@ class FrozenConvolution:
         return self._activation(fused) if self._apart else fused
 
 
+class FrozenUpConvolution:
+    """Upsampling by two, concatenation with the skip connection and the first convolution of a decoder level, in fewer products.
+
+    A 3x3 convolution of a map that was doubled by repetition reads each value up to four times. With the kernel's taps on equal
+    values added beforehand it is four 2x2 convolutions of the small map, one for each parity of the output's row and
+    column: 16 products instead of 36. The skip connection's part is a convolution of its own, added in its pass; nothing is
+    concatenated.
+    """
+
+    def __init__(self, layer: nn.Conv2d, activation: nn.Module, *, channels_up: int, dtype: torch.dtype) -> None:
+        """Freeze a layer; the caller has asked `splits`.
+
+        Args:
+            layer: 3x3, reads the upsampled channels first, then the skip connection's.
+            activation: follows it.
+            channels_up: upsampled channels.
+            dtype: of weights and maps.
+        """
+        self.channels_out = layer.out_channels
+        self._attribute = _FUSED_ACTIVATIONS[type(activation)]
+        weight = layer.weight.detach()
+        self._bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self._skip_weight = _frozen(weight[:, channels_up:], dtype)
+        rows = _added_taps(weight[:, :channels_up], dim=2)
+        self._up_weights = [[_frozen(taps, dtype) for taps in _added_taps(row, dim=3)] for row in rows]
+
+    @staticmethod
+    def splits(layer: nn.Conv2d, activation: nn.Module, pool: tuple[int, int], dtype: torch.dtype) -> bool:
+        """Whether a layer can be computed so: 3x3, doubled in both directions, a fused activation."""
+        fits = tuple(layer.kernel_size) == (3, 3) and pool == (2, 2) and type(activation) in _FUSED_ACTIVATIONS
+        return fits and fused_convolutions_work(dtype)
+
+    def __call__(self, coarse: torch.Tensor, skip: torch.Tensor, offset: tuple[int, int]) -> torch.Tensor:
+        """Convolve.
+
+        Args:
+            coarse: (1, C, h, w) map that is doubled.
+            skip: (1, C', H, W), a rectangle of the doubled map's positions.
+            offset: where that rectangle begins in the doubled map, (row, column), each 0 or 1.
+
+        Returns:
+            (1, C'', H, W).
+        """
+        height, width = coarse.shape[2:]
+        shape = (1, self.channels_out, *skip.shape[2:])
+        maps = torch.empty(shape, dtype=coarse.dtype, memory_format=torch.channels_last)
+        for row_parity in range(2):
+            for column_parity in range(2):
+                part = _fused(coarse, self._up_weights[row_parity][column_parity], None, [1, 1], "none")
+                # With one row and column of padding, output row o sums the rows o - 1 and o of the small map.
+                part = part[:, :, row_parity : row_parity + height, column_parity : column_parity + width]
+                top, left = (parity ^ begin for parity, begin in zip((row_parity, column_parity), offset, strict=True))
+                place = maps[:, :, top::2, left::2]
+                first = (top + offset[0]) // 2, (left + offset[1]) // 2
+                place.copy_(part[:, :, first[0] : first[0] + place.shape[2], first[1] : first[1] + place.shape[3]])
+        added: torch.Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
+            maps, skip, self._skip_weight, self._bias, [1, 1], [1, 1], [1, 1], 1, "add", 1.0, self._attribute, [], ""
+        )
+        return added
+
+
+def _frozen(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _packed(weight.to(dtype).contiguous(memory_format=torch.channels_last), [1, 1])
+
+
+def _added_taps(weight: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    """A kernel of three taps as two of two taps: for even and for odd positions of a doubled axis."""
+    before, here, after = weight.unbind(dim)
+    return [torch.stack([before, here + after], dim), torch.stack([before + here, after], dim)]
+
+
 def _fused(
     maps: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding: list[int], activation: str
 ) -> torch.Tensor:

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ctc_ray.segment.convolution import FrozenConvolution
+from ctc_ray.segment.convolution import FrozenConvolution, FrozenUpConvolution
 from ctc_ray.segment.network import StarDistNetwork
 from ctc_ray.segment.windows import Box, Needs, Reach, stem_pools, union_of
 
 FloatArray = npt.NDArray[np.float32]
-STRIP_BYTES = 6_000_000
+STRIP_BYTES = 10_000_000
 """Size of the widest map of a strip on a CPU: a few strips fit into the last cache, and a strip's borders stay cheap."""
 
 
@@ -58,7 +58,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class _Coarse:
-    """What the finest decoder level starts from: maps of the next coarser level over `held`, and the skip connection over `extent`."""
+    """What a decoder level starts from: maps of the next coarser level over `held`, and the skip connection over `extent`."""
 
     maps: torch.Tensor
     held: Box
@@ -87,6 +87,7 @@ class FieldNetwork:
             if isinstance(layer, nn.Conv2d) and name not in ("prob", "dist"):
                 activation = network.last_activation if name == last else network.activation
                 self._layers[name] = FrozenConvolution(layer, activation, dtype=dtype, device=device)
+        self._joins = self._split_joins(network) if device.type == "cpu" else {}
         heads = network.convolutions["prob"], network.convolutions["dist"]
         (self._prob_weight, self._prob_bias), (self._dist_weight, self._dist_bias) = (
             _head(head, device) for head in heads
@@ -191,9 +192,10 @@ class FieldNetwork:
         held = extents[-1]
         for level in range(config.unet_n_depth - 1, 0, -1):
             box = needs.inputs[level]
-            maps = self._joined(maps, held, skips[level], extents[level], box)
-            for conv in self._up_convs():
-                maps = self._layers[self._name(f"up_level_{level}_no_{conv}")](maps)
+            names = [self._name(f"up_level_{level}_no_{conv}") for conv in self._up_convs()]
+            maps = self._joined(names[0], _Coarse(maps, held, skips[level], extents[level]), box)
+            for name in names[1:]:
+                maps = self._layers[name](maps)
             held = needs.outputs[level]
             maps = maps[(..., *held.within(box).slices)]
         return _Coarse(maps, held, skips[0], extents[0])
@@ -225,35 +227,57 @@ class FieldNetwork:
 
     def _convolved(self, names: Sequence[str], maps: torch.Tensor, box: Box, height: int) -> tuple[torch.Tensor, Box]:
         """Convolutions one after another; rows that saw a cut instead of their neighbours are dropped as they arise."""
-        radius = self.config.unet_kernel_size[0] // 2
         for name in names:
-            inner = Box(
-                box.top + (radius if box.top > 0 else 0),
-                box.left,
-                box.bottom - (radius if box.bottom < height else 0),
-                box.right,
-            )
-            maps = self._layers[name](maps)[(..., *inner.within(box).slices)]
-            box = inner
+            maps, box = self._whole_rows(self._layers[name](maps), box, height)
         return maps, box
 
-    def _joined(self, coarse: torch.Tensor, held: Box, skip: torch.Tensor, extent: Box, box: Box) -> torch.Tensor:
-        """Upsampled maps of the coarser level beside the skip connection, over a rectangle of this level."""
+    def _whole_rows(self, maps: torch.Tensor, box: Box, height: int) -> tuple[torch.Tensor, Box]:
+        """What one convolution gave, without the rows beside a cut; the first and last row of the field are no cut."""
+        radius = self.config.unet_kernel_size[0] // 2
+        top = box.top + (radius if box.top > 0 else 0)
+        bottom = box.bottom - (radius if box.bottom < height else 0)
+        inner = Box(top, box.left, bottom, box.right)
+        return maps[(..., *inner.within(box).slices)], inner
+
+    def _joined(self, name: str, coarse: _Coarse, box: Box) -> torch.Tensor:
+        """Upsampled maps beside the skip connection, over a rectangle of this level, through the level's first convolution."""
         pool = self.config.unet_pool
         source = box.coarser(pool)
-        upsampled = nn.functional.interpolate(
-            coarse[(..., *source.within(held).slices)],
-            scale_factor=(float(pool[0]), float(pool[1])),
-            mode="nearest",
-        )
-        upsampled = upsampled[(..., *box.within(source.finer(pool)).slices)]
-        return torch.cat([upsampled, skip[(..., *box.within(extent).slices)]], dim=1)
+        small = coarse.maps[(..., *source.within(coarse.held).slices)]
+        skip = coarse.skip[(..., *box.within(coarse.extent).slices)]
+        inside = box.within(source.finer(pool))
+        if name in self._joins:
+            return self._joins[name](small, skip, (inside.top, inside.left))
+        upsampled = nn.functional.interpolate(small, scale_factor=(float(pool[0]), float(pool[1])), mode="nearest")
+        return self._layers[name](torch.cat([upsampled[(..., *inside.slices)], skip], dim=1))
+
+    def _split_joins(self, network: StarDistNetwork) -> dict[str, FrozenUpConvolution]:
+        """First convolutions of the decoder levels that can do without upsampling and concatenation."""
+        config, joins = self.config, {}
+        for level in range(config.unet_n_depth):
+            name = self._name(f"up_level_{level}_no_{self._up_convs()[0]}")
+            layer = network.convolutions[name]
+            below = self._name(
+                f"middle_{config.unet_n_conv_per_depth}"
+                if level == config.unet_n_depth - 1
+                else f"up_level_{level + 1}_no_{config.unet_n_conv_per_depth}"
+            )
+            last = level == 0 and config.unet_n_conv_per_depth == 1
+            activation = network.last_activation if last else network.activation
+            if isinstance(layer, nn.Conv2d) and FrozenUpConvolution.splits(
+                layer, activation, config.unet_pool, self._dtype
+            ):
+                joins[name] = FrozenUpConvolution(
+                    layer, activation, channels_up=self._layers[below].channels_out, dtype=self._dtype
+                )
+        return joins
 
     def _top(self, fine: _Coarse, needs: Needs, shape: tuple[int, int]) -> tuple[torch.Tensor, Box]:
         """The finest decoder level over one strip, and the rectangle that it covers."""
-        maps = self._joined(fine.maps, fine.held, fine.skip, fine.extent, needs.inputs[0])
         names = [self._name(f"up_level_0_no_{conv}") for conv in self._up_convs()]
-        return self._convolved(names, maps, needs.inputs[0], shape[0])
+        joined = self._joined(names[0], fine, needs.inputs[0])
+        maps, box = self._whole_rows(joined, needs.inputs[0], shape[0])
+        return self._convolved(names[1:], maps, box, shape[0])
 
     def _features(self, up: torch.Tensor, held: Box, needed: Box, region: Box, shape: tuple[int, int]) -> torch.Tensor:
         """What both heads read, over one region: (H, W, C)."""
