@@ -23,12 +23,12 @@ from ctc_ray.segment.windows import Box, Reach, union_of
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-TILE_PX = 32
-"""Side of a tile; about a cell with its surroundings."""
+TILE_PX = 16
+"""Side of a tile; about a cell."""
 CONTRAST = 0.035
 """Least rise above the surroundings, in units of the normalised range (0 at the 1, 1 at the 99.8 percentile). The faintest
 instance of the fields that it was chosen on rose by 0.049."""
-NOISE_FACTOR = 4.5
+NOISE_FACTOR = 5.0
 """Least rise in units of the noise of that average: in a field with few cells the 99.8 percentile is little above the noise."""
 MARGIN_PX = 4
 """A tile is kept too where a neighbouring tile rises this near to it: objects reach across borders."""
@@ -43,6 +43,7 @@ _NEIGHBOURHOOD = 9
 _BRIGHT = 0.25
 _LARGEST_GRADIENT = 0.1
 _WORTHWHILE = 0.85
+_MOST_ACTIVE = 0.14
 
 
 def active_tiles(image: FloatArray) -> Mask:
@@ -57,11 +58,9 @@ def active_tiles(image: FloatArray) -> Mask:
     blocks = _block_means(image, _BLOCK_PX)
     tiles = -(-image.shape[0] // TILE_PX), -(-image.shape[1] // TILE_PX)
     per_tile = TILE_PX // _BLOCK_PX
-    background = float(np.median(blocks))
     if float((blocks > np.percentile(blocks, 5) + _BRIGHT).mean()) > CROWDED:
         return np.ones(tiles, dtype=bool)
-    rise = ndimage.uniform_filter(blocks, size=2, mode="nearest") - _surroundings(blocks, background)
-    noise = 1.4826 * float(np.median(np.abs(rise - np.median(rise))))
+    rise, noise = _rise_of(blocks)
     reach = 2 * (MARGIN_PX // _BLOCK_PX) + 1
     grown = ndimage.maximum_filter(rise > max(CONTRAST, NOISE_FACTOR * noise), size=reach, mode="constant", cval=False)
     rows, columns = tiles[0] * per_tile - blocks.shape[0], tiles[1] * per_tile - blocks.shape[1]
@@ -86,6 +85,21 @@ def _surroundings(blocks: FloatArray, background: float) -> FloatArray:
     return spread
 
 
+def background_rise(image: FloatArray) -> tuple[FloatArray, float]:
+    """How far a normalised image (H, W), averaged over about half a cell, rises above its surroundings.
+
+    Returns:
+        (ceil(H / 4), ceil(W / 4)) float32, in units of the normalised range, and the noise of that average (a robust standard
+        deviation).
+    """
+    return _rise_of(_block_means(image, _BLOCK_PX))
+
+
+def _rise_of(blocks: FloatArray) -> tuple[FloatArray, float]:
+    rise = ndimage.uniform_filter(blocks, size=2, mode="nearest") - _surroundings(blocks, float(np.median(blocks)))
+    return rise, 1.4826 * float(np.median(np.abs(rise - np.median(rise))))
+
+
 def gated_windows(active: Mask, config: NetworkConfig, padded: tuple[int, int]) -> list[Window]:
     """Windows that cover the active tiles and cost least.
 
@@ -98,6 +112,8 @@ def gated_windows(active: Mask, config: NetworkConfig, padded: tuple[int, int]) 
         Windows without overlapping regions; a single one where separate windows would cost as much as the whole field.
     """
     reach = Reach(config, padded)
+    if active.mean() > _MOST_ACTIVE:  # many small pieces cost more than they save
+        return [Window((Box(0, 0, *reach.shape_of(0)),))]
     groups = [
         (regions, reach.needs_of(union_of(regions), HALO_PX).image) for regions in _components(active, config, padded)
     ]
