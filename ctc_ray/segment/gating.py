@@ -37,13 +37,14 @@ HALO_PX = 48
 probability by less than 0.01 and a distance by less than 0.15 px, as much as bfloat16 does."""
 CROWDED = 0.35
 """Where a larger share of the field is bright, nothing is skipped: its median would be no background."""
+MOST_ACTIVE = 0.14
+"""With a larger share of active tiles the whole field is computed: many small pieces cost more than they save."""
 _BLOCK_PX = 4
 _SURROUNDINGS_PX = 32
 _NEIGHBOURHOOD = 9
 _BRIGHT = 0.25
 _LARGEST_GRADIENT = 0.1
 _WORTHWHILE = 0.85
-_MOST_ACTIVE = 0.14
 
 
 def active_tiles(image: FloatArray) -> Mask:
@@ -65,8 +66,7 @@ def active_tiles(image: FloatArray) -> Mask:
     grown = ndimage.maximum_filter(rise > max(CONTRAST, NOISE_FACTOR * noise), size=reach, mode="constant", cval=False)
     rows, columns = tiles[0] * per_tile - blocks.shape[0], tiles[1] * per_tile - blocks.shape[1]
     grown = np.pad(grown, ((0, rows), (0, columns)))
-    kept: Mask = grown.reshape(tiles[0], per_tile, tiles[1], per_tile).any(axis=(1, 3))
-    return kept
+    return np.asarray(grown.reshape(tiles[0], per_tile, tiles[1], per_tile).any(axis=(1, 3)), dtype=np.bool_)
 
 
 def _surroundings(blocks: FloatArray, background: float) -> FloatArray:
@@ -112,13 +112,13 @@ def gated_windows(active: Mask, config: NetworkConfig, padded: tuple[int, int]) 
         Windows without overlapping regions; a single one where separate windows would cost as much as the whole field.
     """
     reach = Reach(config, padded)
-    if active.mean() > _MOST_ACTIVE:  # many small pieces cost more than they save
+    if active.mean() > MOST_ACTIVE:
         return [Window((Box(0, 0, *reach.shape_of(0)),))]
     groups = [
         (regions, reach.needs_of(union_of(regions), HALO_PX).image) for regions in _components(active, config, padded)
     ]
     whole = Box(0, 0, *padded).area * _WORTHWHILE
-    if sum(image.area for _, image in groups) < 8 * whole:
+    if sum(image.area for _, image in groups) < 3 * whole:
         groups = _merged(groups, reach)
     if sum(image.area for _, image in groups) > whole:
         return [Window(tuple(region for regions, _ in groups for region in regions))]
@@ -200,14 +200,14 @@ def _merged(groups: Sequence[tuple[list[Box], Box]], reach: Reach) -> list[tuple
     done: list[tuple[list[Box], Box]] = []
     while left:
         regions, image = left.pop()
-        partner = next(
-            (index for index, other in enumerate(left) if image.union(other[1]).area <= image.area + other[1].area),
-            None,
-        )
-        if partner is None:
+        others = np.asarray([other for _, other in left], dtype=np.int64).reshape(-1, 4)
+        low, high = np.minimum(others[:, :2], image[:2]), np.maximum(others[:, 2:], image[2:])
+        areas = np.prod(others[:, 2:] - others[:, :2], axis=1)
+        partners = np.flatnonzero(np.prod(high - low, axis=1) <= areas + image.area)
+        if not len(partners):
             done.append((regions, image))
             continue
-        joined = [*regions, *left.pop(partner)[0]]
+        joined = [*regions, *left.pop(int(partners[0]))[0]]
         # It may now be worth joining with one that was left alone before.
         left.append((joined, reach.needs_of(union_of(joined), HALO_PX).image))
         left.extend(done)

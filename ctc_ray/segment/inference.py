@@ -115,9 +115,9 @@ class FieldNetwork:
         if not found:
             empty = np.zeros((0, 2), dtype=np.int64)
             return Peaks(empty, np.zeros(0, dtype=np.float32), np.zeros((0, self.config.n_rays), dtype=np.float32))
-        positions, probs, dists = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-        order = np.lexsort((positions[:, 1], positions[:, 0]))
-        return Peaks(positions[order], probs[order], dists[order])
+        points, probs, dists = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
+        order = np.lexsort((points[:, 1], points[:, 0]))
+        return Peaks(points[order], probs[order], dists[order])
 
     def maps(self, image: FloatArray, windows: Sequence[Window]) -> tuple[FloatArray, FloatArray]:
         """Probability and distances everywhere.

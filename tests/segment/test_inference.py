@@ -12,6 +12,7 @@ from ctc_ray.segment import inference
 from ctc_ray.segment.convolution import FrozenConvolution, fused_convolutions_work
 from ctc_ray.segment.gating import (
     HALO_PX,
+    MOST_ACTIVE,
     TILE_PX,
     active_tiles,
     gated_windows,
@@ -202,9 +203,9 @@ def test_active_tiles_keep_the_inside_of_a_large_clump() -> None:
     assert active[100 // TILE_PX : 300 // TILE_PX, 200 // TILE_PX : 420 // TILE_PX].all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0]))
-def test_gated_windows_cover_each_active_position_once_and_no_other(seed: int, share: float) -> None:
+def test_gated_windows_cover_each_active_position_once_and_of_a_sparse_field_no_other(seed: int, share: float) -> None:
     config, padded = NetworkConfig(), (1040, 1392)
     tiles = -(-padded[0] // TILE_PX), -(-padded[1] // TILE_PX)
     active = np.random.default_rng(seed).random(tiles) < share
@@ -215,7 +216,7 @@ def test_gated_windows_cover_each_active_position_once_and_no_other(seed: int, s
             count[region.slices] += 1
     side = TILE_PX // config.grid[0]
     expected = np.kron(active, np.ones((side, side), dtype=int))[: shape[0], : shape[1]]
-    np.testing.assert_array_equal(count, expected)
+    np.testing.assert_array_equal(count, expected if active.mean() <= MOST_ACTIVE else np.ones_like(expected))
 
 
 def test_gated_windows_of_a_busy_field_are_one_window_with_exact_numbers() -> None:
