@@ -1,9 +1,9 @@
 """Empty background: which tiles of a field can hold an object, and in which windows they are computed.
 
 On a CellSearch field most of the CK page is empty. A tile is kept where the image, averaged over about half a cell, rises above
-its surroundings by `CONTRAST` of the normalised range; the network then computes the kept tiles with everything they need
-(`windows.py`), so that their numbers are those of the whole field. What is lost can only be an object fainter than `CONTRAST`;
-`benchmarks/segment_gating.py` counts how many there are.
+its surroundings by `CONTRAST` of the normalised range and by `NOISE_FACTOR` times the noise. The network then computes the
+kept tiles with everything they need (`windows.py`; on sparse fields up to `HALO_PX`). What is lost can only be an object
+fainter than that; `benchmarks/segment_gating.py` counts how many there are.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Mask = npt.NDArray[np.bool_]
 
 TILE_PX = 16
 """Side of a tile; about a cell."""
-CONTRAST = 0.035
-"""Least rise above the surroundings, in units of the normalised range (0 at the 1, 1 at the 99.8 percentile). The faintest
-instance of the fields that it was chosen on rose by 0.049."""
+CONTRAST = 0.02
+"""Least rise above the surroundings, in units of the normalised range (0 at the 1, 1 at the 99.8 percentile); it decides in
+bright fields, where noise is small."""
 NOISE_FACTOR = 5.0
 """Least rise in units of the noise of that average: in a field with few cells the 99.8 percentile is little above the noise."""
 MARGIN_PX = 4
@@ -37,7 +37,7 @@ HALO_PX = 48
 probability by less than 0.01 and a distance by less than 0.15 px, as much as bfloat16 does."""
 CROWDED = 0.35
 """Where a larger share of the field is bright, nothing is skipped: its median would be no background."""
-MOST_ACTIVE = 0.14
+MOST_ACTIVE = 0.06
 """With a larger share of active tiles the whole field is computed: many small pieces cost more than they save."""
 _BLOCK_PX = 4
 _SURROUNDINGS_PX = 32
