@@ -47,6 +47,19 @@ _LARGEST_GRADIENT = 0.1
 _WORTHWHILE = 0.85
 
 
+def gate_constants() -> dict[str, float]:
+    """What decides which cells are found when the background is skipped; part of the segmentation's fingerprint."""
+    return {
+        "tile_px": TILE_PX,
+        "contrast": CONTRAST,
+        "noise_factor": NOISE_FACTOR,
+        "margin_px": MARGIN_PX,
+        "halo_px": HALO_PX,
+        "crowded": CROWDED,
+        "most_active": MOST_ACTIVE,
+    }
+
+
 def active_tiles(image: FloatArray) -> Mask:
     """Tiles of `TILE_PX` pixels that may hold an object.
 

@@ -130,7 +130,8 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
         WeightsError: the weights cannot be read.
         ConfigError: the channel map or the percentiles are not usable.
     """
-    from ctc_ray.segment.weights import load_weights  # torch, which only the driver needs here
+    from ctc_ray.segment.gating import gate_constants  # torch, which only the driver needs here
+    from ctc_ray.segment.weights import load_weights
 
     weights = load_weights(config.weights)
     low, high = config.normalize_percentiles
@@ -139,15 +140,16 @@ def resolve_settings(config: SegmentConfig, precision: str) -> Settings:
     channel_map = check_channel_map(USUAL_CHANNELS if config.channel_map is None else config.channel_map)
     prob = weights.thresholds.prob if config.prob_threshold is None else config.prob_threshold
     nms = weights.thresholds.nms if config.nms_threshold is None else config.nms_threshold
-    finds = {
+    finds: dict[str, Any] = {
         "weights": weights.fingerprint,
         "precision": precision,
         "thresholds": [prob, nms],
         "percentiles": [low, high],
         "max_candidates": config.max_candidates,
-        "skip_background": config.skip_background,
         "channel_map": _named(channel_map),
     }
+    if config.skip_background:
+        finds["skip_background"] = gate_constants()
     if config.contrast != "raw":
         finds["contrast"] = config.contrast
     rest = {

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ctc_ray.config import SegmentConfig
 from ctc_ray.errors import ConfigError
-from ctc_ray.segment import inference
+from ctc_ray.segment import gating, inference
 from ctc_ray.segment.convolution import FrozenConvolution, fused_convolutions_work
 from ctc_ray.segment.gating import (
     HALO_PX,
@@ -22,6 +23,7 @@ from ctc_ray.segment.inference import FieldNetwork, Window
 from ctc_ray.segment.instances import image_percentiles
 from ctc_ray.segment.model import StarDist
 from ctc_ray.segment.network import NetworkConfig, StarDistNetwork
+from ctc_ray.segment.plan import resolve_settings
 from ctc_ray.segment.windows import Box, Reach
 
 CPU = torch.device("cpu")
@@ -273,3 +275,13 @@ def test_predict_in_no_tiles_is_refused() -> None:
 def test_image_percentiles_are_numpys(seed: int, dtype: str, low: float, high: float, shape: tuple[int, int]) -> None:
     plane = np.random.default_rng(seed).integers(0, 255, shape).astype(dtype)
     np.testing.assert_array_equal(image_percentiles(plane, (low, high)), np.percentile(plane, [low, high]))
+
+
+def test_constants_of_the_gate_enter_the_fingerprint_only_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, unused = SegmentConfig(), SegmentConfig(skip_background=False)
+    before = resolve_settings(used, "fp32").fingerprint, resolve_settings(unused, "fp32").fingerprint
+    monkeypatch.setattr(gating, "HALO_PX", 64)
+    after = resolve_settings(used, "fp32").fingerprint, resolve_settings(unused, "fp32").fingerprint
+    assert before[0] != before[1]
+    assert after[0] != before[0]
+    assert after[1] == before[1]
