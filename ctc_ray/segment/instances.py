@@ -132,39 +132,6 @@ def pad_to_multiple(image: FloatArray, multiple: tuple[int, int]) -> FloatArray:
     return padded
 
 
-def select_candidates(
-    prob: FloatArray,
-    dist: FloatArray,
-    *,
-    shape: tuple[int, int],
-    grid: tuple[int, int],
-    prob_thresh: float,
-    max_candidates: int = DEFAULT_MAX_CANDIDATES,
-) -> Candidates:
-    """Choose the positions of the *padded* maps that may be objects.
-
-    Args:
-        prob: (H', W') probability maps of the padded image.
-        dist: (H', W', n_rays) distances in pixels.
-        shape: (H, W) of the image before padding; positions beyond it are left out.
-        grid: pixels (row, column) between two positions.
-        prob_thresh: only probabilities strictly above count.
-        max_candidates: the most probable are kept, the rest is left out and logged.
-
-    Source: stardist `models/base.py`, `_predict_sparse_generator`; the cap is ours.
-    """
-    rows, columns = np.nonzero(prob > prob_thresh)
-    return candidates_at(
-        np.stack([rows, columns], axis=1),
-        prob[rows, columns],
-        dist[rows, columns],
-        map_shape=(prob.shape[0], prob.shape[1]),
-        shape=shape,
-        grid=grid,
-        max_candidates=max_candidates,
-    )
-
-
 def candidates_at(
     positions: IntArray,
     prob: FloatArray,
@@ -175,18 +142,18 @@ def candidates_at(
     grid: tuple[int, int],
     max_candidates: int = DEFAULT_MAX_CANDIDATES,
 ) -> Candidates:
-    """Choose among positions whose probability is above the threshold.
+    """Choose the positions of the *padded* maps that may be objects, among those above the probability threshold.
 
     Args:
         positions: (M, 2) integers, (row, column) on the grid, in row-major order.
         prob: (M,) float32.
         dist: (M, n_rays) float32, pixels.
         map_shape: (H', W') of the maps of the padded image.
-        shape: (H, W) of the image before padding.
+        shape: (H, W) of the image before padding; positions beyond it are left out.
         grid: pixels (row, column) between two positions.
-        max_candidates: as for `select_candidates`.
+        max_candidates: the most probable are kept, the rest is left out and logged.
 
-    Source: as for `select_candidates`.
+    Source: stardist `models/base.py`, `_predict_sparse_generator`; the cap is ours.
     """
     points = positions * np.asarray(grid, dtype=np.int64)
     last = np.asarray(map_shape) - BORDER_GRID_CELLS

@@ -164,7 +164,7 @@ class StarDist:
         Args:
             image: as for `maps`.
             prob_thresh: default from the weights.
-            max_candidates: cap, see `select_candidates`.
+            max_candidates: cap, see `candidates_at`.
             n_tiles: as for `predict`.
 
         Raises:
@@ -204,7 +204,7 @@ class StarDist:
             image: as for `maps`.
             prob_thresh: default from the weights.
             nms_thresh: default from the weights.
-            max_candidates: cap, see `select_candidates`.
+            max_candidates: cap, see `candidates_at`.
             n_tiles: rows and columns of tiles that the network computes one after another, to bound its memory on large
                 images; each with all pixels that have an influence, so that the result is the same.
 

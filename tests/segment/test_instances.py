@@ -12,12 +12,23 @@ from ctc_ray.errors import ConfigError, SchemaError
 from ctc_ray.segment import StarDist
 from ctc_ray.segment.instances import (
     Candidates,
+    candidates_at,
     instances_from_candidates,
     normalize_percentile,
     pad_to_multiple,
-    select_candidates,
 )
 from ctc_ray.segment.model import resolve_precision
+
+
+def select(
+    prob: np.ndarray, dist: np.ndarray, *, shape: tuple[int, int], prob_thresh: float, max_candidates: int = 200_000
+) -> Candidates:
+    """Candidates of whole maps on a grid of two pixels."""
+    above = np.argwhere(prob > prob_thresh)
+    at = tuple(above.T)
+    return candidates_at(
+        above, prob[at], dist[at], map_shape=prob.shape, shape=shape, grid=(2, 2), max_candidates=max_candidates
+    )
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -54,7 +65,7 @@ def loop_over_candidates(prob: np.ndarray, shape: tuple[int, int], grid: int, cu
 def test_candidates_equal_a_loop_over_positions() -> None:
     rng = np.random.default_rng(1)
     prob, dist = rng.random((16, 24), dtype=np.float32), rng.normal(2, 3, (16, 24, 8)).astype(np.float32)
-    found = select_candidates(prob, dist, shape=(27, 43), grid=(2, 2), prob_thresh=0.6)
+    found = select(prob, dist, shape=(27, 43), prob_thresh=0.6)
     assert [tuple(point) for point in found.points] == loop_over_candidates(prob, (27, 43), 2, 0.6)
     at = tuple((found.points // 2).T)
     np.testing.assert_array_equal(found.prob, prob[at])
@@ -66,8 +77,8 @@ def test_candidates_over_the_cap_keep_the_most_probable() -> None:
     rng = np.random.default_rng(2)
     prob = rng.random((40, 40), dtype=np.float32)
     dist = np.ones((40, 40, 8), np.float32)
-    everything = select_candidates(prob, dist, shape=(80, 80), grid=(2, 2), prob_thresh=0.1)
-    capped = select_candidates(prob, dist, shape=(80, 80), grid=(2, 2), prob_thresh=0.1, max_candidates=50)
+    everything = select(prob, dist, shape=(80, 80), prob_thresh=0.1)
+    capped = select(prob, dist, shape=(80, 80), prob_thresh=0.1, max_candidates=50)
     assert len(capped.prob) == 50
     assert capped.num_dropped == len(everything.prob) - 50
     assert capped.prob.min() >= np.sort(everything.prob)[-50]
