@@ -84,7 +84,7 @@ class FrozenUpConvolution:
     def splits(layer: nn.Conv2d, activation: nn.Module, pool: tuple[int, int], dtype: torch.dtype) -> bool:
         """Whether a layer can be computed so: 3x3, doubled in both directions, a fused activation."""
         fits = tuple(layer.kernel_size) == (3, 3) and pool == (2, 2) and type(activation) in _FUSED_ACTIVATIONS
-        return fits and fused_convolutions_work(dtype)
+        return fits and split_upsampling_works(dtype)
 
     def __call__(self, coarse: torch.Tensor, skip: torch.Tensor, offset: tuple[int, int]) -> torch.Tensor:
         """Convolve.
@@ -162,3 +162,27 @@ def fused_convolutions_work(dtype: torch.dtype) -> bool:
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             return False  # another torch: its plain convolution is as right, and slower
         return bool(torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05))
+
+
+@functools.cache
+def split_upsampling_works(dtype: torch.dtype) -> bool:
+    """As `fused_convolutions_work`, for the sum with the skip connection that `FrozenUpConvolution` needs beside them.
+
+    Args:
+        dtype: float32 or bfloat16.
+    """
+    if not fused_convolutions_work(dtype):
+        return False
+    layer = nn.Conv2d(5, 3, 3, padding=1)
+    with torch.inference_mode():
+        layer.weight.copy_(torch.linspace(-0.5, 0.5, 3 * 5 * 9).reshape(3, 5, 3, 3))
+        coarse = torch.linspace(-1.0, 1.0, 2 * 4 * 5).reshape(1, 2, 4, 5)
+        skip = torch.linspace(1.0, -1.0, 3 * 8 * 10).reshape(1, 3, 8, 10)
+        doubled = nn.functional.interpolate(coarse, scale_factor=2.0, mode="nearest")
+        expected = torch.relu(layer(torch.cat([doubled, skip], dim=1)))
+        given = [maps.to(dtype).contiguous(memory_format=torch.channels_last) for maps in (coarse, skip)]
+        try:
+            found = FrozenUpConvolution(layer, nn.ReLU(), channels_up=2, dtype=dtype)(given[0], given[1], (0, 0))
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            return False  # another torch, as above
+        return bool(torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.1))

@@ -20,7 +20,7 @@ from torch import nn
 
 from ctc_ray.segment.convolution import FrozenConvolution, FrozenUpConvolution
 from ctc_ray.segment.network import StarDistNetwork
-from ctc_ray.segment.windows import Box, Needs, Reach, stem_pools, union_of
+from ctc_ray.segment.windows import Box, Needs, Reach, union_of
 
 FloatArray = npt.NDArray[np.float32]
 STRIP_BYTES = 10_000_000
@@ -178,7 +178,7 @@ class FieldNetwork:
         """All layers but those of the finest decoder level."""
         config = self.config
         index = 0
-        for pool in stem_pools(config):
+        for pool in config.stem_pools:
             names = [f"stem_{index + conv}" for conv in range(config.unet_n_conv_per_depth)]
             _, maps = self._block(names, maps, pool, keep=False)
             index += len(names)

@@ -119,6 +119,16 @@ class NetworkConfig:
         (pool_row, pool_column), (grid_row, grid_column) = self.unet_pool, self.grid
         return pool_row**self.unet_n_depth * grid_row, pool_column**self.unet_n_depth * grid_column
 
+    @property
+    def stem_pools(self) -> list[tuple[int, int]]:
+        """Pooling factors (rows, columns) of the stem's blocks, first block first; their product is the grid."""
+        pools: list[tuple[int, int]] = []
+        rows, columns = 1, 1
+        while (rows, columns) != self.grid:
+            pools.append((1 + (self.grid[0] > rows), 1 + (self.grid[1] > columns)))
+            rows, columns = rows * pools[-1][0], columns * pools[-1][1]
+        return pools
+
     def _check(self) -> None:
         for key in ("grid", "unet_kernel_size", "unet_pool"):
             sides = getattr(self, key)
@@ -178,7 +188,6 @@ class StarDistNetwork(nn.Module):
         self.convolutions = nn.ModuleDict()
         self.activation = _ACTIVATIONS[config.unet_activation]()
         self.last_activation = _ACTIVATIONS[config.unet_last_activation]()
-        self._stem_pools: list[tuple[int, int]] = []
         channels = self._build_stem()
         channels = self._build_unet(channels)
         if config.net_conv_after_unet > 0:
@@ -206,7 +215,7 @@ class StarDistNetwork(nn.Module):
         """What both heads read: (N, net_conv_after_unet, H/grid, W/grid)."""
         config = self.config
         layer, index = images, 0
-        for pool in self._stem_pools:
+        for pool in config.stem_pools:
             for _ in range(config.unet_n_conv_per_depth):
                 layer = self._activated(f"stem_{index}", layer)
                 index += 1
@@ -245,14 +254,10 @@ class StarDistNetwork(nn.Module):
 
     def _build_stem(self) -> int:
         config, channels, index = self.config, self.config.n_channel_in, 0
-        pooled_row, pooled_column = 1, 1
-        while (pooled_row, pooled_column) != config.grid:
-            pool = (1 + (config.grid[0] > pooled_row), 1 + (config.grid[1] > pooled_column))
-            pooled_row, pooled_column = pooled_row * pool[0], pooled_column * pool[1]
+        for _ in config.stem_pools:
             for _ in range(config.unet_n_conv_per_depth):
                 channels = self._add(f"stem_{index}", channels, config.unet_n_filter_base)
                 index += 1
-            self._stem_pools.append(pool)
         return channels
 
     def _build_unet(self, channels: int) -> int:

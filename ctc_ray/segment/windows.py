@@ -166,20 +166,10 @@ class Reach:
     def _pixels(self, wanted: Box) -> Box:
         """From positions at the top of the U-Net through the stem to whole blocks of pixels."""
         config, shape = self._config, self.shape_of(0)
-        for pool in reversed(stem_pools(config)):
+        for pool in reversed(config.stem_pools):
             shape = shape[0] * pool[0], shape[1] * pool[1]
             wanted = wanted.finer(pool).grown(self._block, shape)
         return wanted.coarser(config.multiple).finer(config.multiple)
-
-
-def stem_pools(config: NetworkConfig) -> list[tuple[int, int]]:
-    """Pooling factors (rows, columns) of the stem's blocks, first block first; their product is the grid."""
-    pools: list[tuple[int, int]] = []
-    rows, columns = 1, 1
-    while (rows, columns) != config.grid:
-        pools.append((1 + (config.grid[0] > rows), 1 + (config.grid[1] > columns)))
-        rows, columns = rows * pools[-1][0], columns * pools[-1][1]
-    return pools
 
 
 def union_of(boxes: Sequence[Box]) -> Box:

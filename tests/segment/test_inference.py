@@ -10,7 +10,12 @@ from torch import nn
 from ctc_ray.config import SegmentConfig
 from ctc_ray.errors import ConfigError
 from ctc_ray.segment import gating, inference
-from ctc_ray.segment.convolution import FrozenConvolution, fused_convolutions_work
+from ctc_ray.segment.convolution import (
+    FrozenConvolution,
+    FrozenUpConvolution,
+    fused_convolutions_work,
+    split_upsampling_works,
+)
 from ctc_ray.segment.gating import (
     HALO_PX,
     MOST_ACTIVE,
@@ -153,6 +158,7 @@ def test_frozen_convolution_gives_the_plain_layer_with_its_activation(activation
 def test_fused_convolutions_that_are_missing_fall_back_to_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     fused_convolutions_work.cache_clear()
+    split_upsampling_works.cache_clear()
     try:
         network = _network(CONFIGS["versatile"])
         image = _field(network.config, (3, 3))
@@ -162,6 +168,23 @@ def test_fused_convolutions_that_are_missing_fall_back_to_the_plain_ones(monkeyp
         np.testing.assert_allclose(prob, _plain(network, image)[0], atol=1e-5)
     finally:
         fused_convolutions_work.cache_clear()
+        split_upsampling_works.cache_clear()
+
+
+def test_missing_sum_with_the_skip_connection_falls_back_to_the_plain_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> torch.Tensor:
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(FrozenUpConvolution, "__call__", missing)
+    split_upsampling_works.cache_clear()
+    try:
+        network = _network(CONFIGS["versatile"])
+        image = _field(network.config, (3, 3))
+        frozen = FieldNetwork(network, dtype=torch.float32, device=CPU)
+        prob, _ = frozen.maps(image, frozen.whole(image.shape[1:]))
+        np.testing.assert_allclose(prob, _plain(network, image)[0], atol=1e-5)
+    finally:
+        split_upsampling_works.cache_clear()
 
 
 def _sparse_field(places: list[tuple[int, int]], *, shape: tuple[int, int] = (480, 640), seed: int = 0) -> np.ndarray:
