@@ -7,7 +7,9 @@ The rule, in this order:
    sits in a large one).
 2. Different fields of one cartridge, where the grid is known: pairs of detections nearer than `radius_px` in global
    coordinates are joined, nearest pairs first, as long as no cell would then have two detections (or two groups of rule 1)
-   in the same field.
+   in the same field. Two detections that both reach the border of their field may be the two parts of one cell that
+   the border cuts: they are joined up to the radius of a disc of both areas together, since the centroids of two parts
+   of a disc are never farther apart than its radius.
 
 A physical cell is named after its most probable detection. Nothing is dropped.
 
@@ -33,6 +35,7 @@ def physical_ids(
     global_col: FloatArray,
     radius_px: FloatArray,
     prob: FloatArray,
+    border_px: FloatArray,
     merge_radius_px: float,
     across_fields: bool,
 ) -> list[str]:
@@ -45,6 +48,7 @@ def physical_ids(
         global_col: (N,) centroid columns in pixels of the cartridge.
         radius_px: (N,) radii of the discs of equal area, pixels.
         prob: (N,) object probabilities.
+        border_px: (N,) distances of the centroids from the nearest border of their field, pixels.
         merge_radius_px: detections of different fields nearer than this may be one cell.
         across_fields: whether global coordinates mean anything (the grid is known).
 
@@ -56,13 +60,16 @@ def physical_ids(
     positions = np.stack([global_row, global_col], axis=1).astype(np.float64)
     groups = _Groups(np.asarray(field))
     largest = float(np.max(radius_px, initial=0.0))
-    first, second, distance = _near_pairs(positions, max(largest, merge_radius_px if across_fields else 0.0))
+    reach = max(merge_radius_px, np.sqrt(2.0) * largest) if across_fields else largest
+    first, second, distance = _near_pairs(positions, reach)
     same = field[first] == field[second]
     nested = same & (distance < np.minimum(radius_px[first], radius_px[second]))
     for one, other in zip(first[nested], second[nested], strict=True):
         groups.join(one, other, within_field=True)
     if across_fields:
-        across = np.flatnonzero(~same & (distance < merge_radius_px))
+        cut = border_px < radius_px
+        both = np.where(cut[first] & cut[second], np.hypot(radius_px[first], radius_px[second]), 0.0)
+        across = np.flatnonzero(~same & (distance < np.maximum(merge_radius_px, both)))
         for index in across[np.lexsort((second[across], first[across], distance[across]))]:
             groups.join(first[index], second[index], within_field=False)
     roots = [groups.root(index) for index in range(len(cell_ids))]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from ctc_ray.cohort import Cohort
@@ -23,7 +24,7 @@ from ctc_ray.storage import Store
 
 ROWS_PER_FILE = 20_000
 """About 140 MB of 8-bit pixels: what one finishing task holds in memory."""
-_POSITION_COLUMNS = ["cell_id", "field", "global_row", "global_col", "area_px", "prob"]
+_POSITION_COLUMNS = ["cell_id", "field", "row", "col", "global_row", "global_col", "area_px", "prob"]
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,16 @@ def _write_limits(store: Store, plan: PatientPlan, cartridges: Store, failures: 
         store.delete(path)
 
 
+def _border_px(plan: PatientPlan, positions: pa.Table) -> npt.NDArray[np.floating]:
+    """Distances (N,) of the centroids from the nearest border of their field, px; without a grid none is known."""
+    geometry = plan.cartridge.geometry
+    if geometry is None:
+        return np.full(positions.num_rows, np.inf)
+    row, col = positions["row"].to_numpy(), positions["col"].to_numpy()
+    to_sides = [row, geometry.field_height_px - 1 - row, col, geometry.field_width_px - 1 - col]
+    return np.asarray(np.minimum.reduce(to_sides))
+
+
 def _write_duplicates(cohort: Cohort, plan: PatientPlan, positions: pa.Table, settings: Settings) -> int:
     names = positions["cell_id"].to_pylist()
     physical = physical_ids(
@@ -191,6 +202,7 @@ def _write_duplicates(cohort: Cohort, plan: PatientPlan, positions: pa.Table, se
         global_col=positions["global_col"].to_numpy(),
         radius_px=np.sqrt(positions["area_px"].to_numpy() / np.pi),
         prob=positions["prob"].to_numpy(),
+        border_px=_border_px(plan, positions),
         merge_radius_px=settings.duplicate_radius_px,
         across_fields=plan.cartridge.geometry is not None,
     )

@@ -26,6 +26,7 @@ def name(detections: list[tuple[int, float, float]], *, radius: Any = 8.0, **opt
         global_col=column,
         radius_px=np.broadcast_to(np.asarray(radius, float), len(detections)),
         prob=options.get("prob", np.linspace(0.9, 0.5, len(detections))),
+        border_px=np.broadcast_to(np.asarray(options.get("border_px", np.inf), float), len(detections)),
         merge_radius_px=options.get("merge_radius_px", 10.0),
         across_fields=options.get("across_fields", True),
     )
@@ -40,6 +41,15 @@ def test_same_cell_in_two_fields_gets_the_id_of_the_more_probable_detection() ->
 def test_detections_farther_than_the_radius_stay_apart() -> None:
     assert name([(1, 0, 0), (2, 0, 10.5)]) == ["c0", "c1"]
     assert name([(1, 0, 0), (2, 0, 10.5)], merge_radius_px=11) == ["c0", "c0"]
+
+
+def test_two_parts_of_a_cell_that_the_seam_cuts_are_one_cell_up_to_the_radius_of_the_whole() -> None:
+    # Halves of a disc of radius 14: each has the area of a disc of 9.9, the centroids lie 0.85 * 14 = 11.9 apart.
+    halves = [(1, 100, 1378.0), (2, 100, 1389.9)]
+    assert name(halves, radius=9.9, border_px=5.9) == ["c0", "c0"]
+    assert name(halves, radius=9.9, border_px=[5.9, 40.0]) == ["c0", "c1"]  # the second is whole: another cell
+    # Two whole cells that touch across the seam are farther apart than any two parts of one cell.
+    assert name([(1, 100, 1374.0), (2, 100, 1393.8)], radius=9.9, border_px=9.0) == ["c0", "c1"]
 
 
 def test_fields_without_a_grid_are_never_merged() -> None:
@@ -63,7 +73,7 @@ def test_corner_cell_in_four_fields_is_one_cell() -> None:
 def test_no_detections_give_no_ids() -> None:
     empty = np.zeros(0)
     found = physical_ids(
-        [], field=empty.astype(int), global_row=empty, global_col=empty, radius_px=empty, prob=empty,
+        [], field=empty.astype(int), global_row=empty, global_col=empty, radius_px=empty, prob=empty, border_px=empty,
         merge_radius_px=10, across_fields=True,
     )  # fmt: skip
     assert found == []
