@@ -131,14 +131,18 @@ class World:
     Attributes:
         rank: 0..size-1.
         size: number of workers.
+        weight: crops of this worker over the workers' mean; 1 where the batch divides evenly.
     """
 
     rank: int = 0
     size: int = 1
+    weight: float = 1.0
 
     def average(self, value: torch.Tensor) -> torch.Tensor:
-        """Average a tensor over the workers, in place."""
+        """Average a tensor over the crops of all workers, in place; each gives the mean over its own crops."""
         if self.size > 1:
+            if self.weight != 1.0:
+                value *= self.weight
             dist.all_reduce(value)
             value /= self.size
         return value
@@ -233,7 +237,8 @@ class DinoTrainer:
                 "(the last checkpoint is intact; rerun to continue from it)"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # The workers' gradients are averaged evenly: the weight makes that the gradient of the whole batch.
+        (loss if self.world.weight == 1.0 else loss * self.world.weight).backward()
         gradient_norm = self._clip()
         if not values.train_last_layer:
             self.student.head.prototypes.grad = None
@@ -250,7 +255,7 @@ class DinoTrainer:
             probabilities_TBK=probabilities,
             centre_K=self.loss.centre,
             features_BD=teacher_features,
-            num_crops=len(fraction_BCHW) * self.world.size,
+            num_crops=round(len(fraction_BCHW) / self.world.weight * self.world.size),
             seconds=time.perf_counter() - started,
         )
 
