@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name torch's own documentation uses)
 from torch import nn
 
+from ctc_ray.pretrain.unit_length import unit_length
+
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Averages a tensor over the workers; the identity in one process."""
 
@@ -37,8 +39,8 @@ class DinoHead(nn.Module):
 
     def forward(self, features_BD: torch.Tensor) -> torch.Tensor:
         """Features (B, D) to logits (B, K): cosines, since both sides have unit length."""
-        bottleneck = F.normalize(self.mlp(features_BD), dim=-1, eps=1e-6)
-        return F.linear(bottleneck, F.normalize(self.prototypes, dim=-1, eps=1e-6))
+        bottleneck = unit_length(self.mlp(features_BD), eps=1e-6)
+        return F.linear(bottleneck, unit_length(self.prototypes, eps=1e-6))
 
 
 class DinoNetwork(nn.Module):

@@ -23,14 +23,16 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
 from ctc_ray.errors import SchemaError, WeightsError
-from ctc_ray.pretrain.augment import Augment, MarkerAugment
+from ctc_ray.pretrain.augment import Augment, MarkerAugment, Views
 from ctc_ray.pretrain.dino import DinoHead, DinoLoss, DinoNetwork, teacher_of, update_teacher
 from ctc_ray.pretrain.encoder import build_backbone, embedding_width, load_strictly
 from ctc_ray.pretrain.intensity import IntensityRule, full_scale_of
 from ctc_ray.pretrain.monitor import StepMetrics, measure
 from ctc_ray.pretrain.paper_augment import PaperAugment
 from ctc_ray.pretrain.precision import autocast
+from ctc_ray.pretrain.schedules import StepValues
 from ctc_ray.pretrain.settings import DinoSettings
+from ctc_ray.pretrain.unit_length import with_contiguous_attention
 
 _AGC_EPS: Final = 1e-3
 """Source: reference `create_dino_gym`, adaptive clipping."""
@@ -148,6 +150,23 @@ class World:
         return value
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a step's forward pass leaves for its update and its measures.
+
+    Attributes:
+        loss: scalar of this worker, with its graph.
+        teacher_logits: (2, B, K) teacher logits of the global views, float32.
+        probabilities: (2, B, K) the same, centred and sharpened.
+        teacher_features: (2 B, D) features of the global views.
+    """
+
+    loss: torch.Tensor
+    teacher_logits: torch.Tensor
+    probabilities: torch.Tensor
+    teacher_features: torch.Tensor
+
+
 class DinoTrainer:
     """Student, teacher, loss and optimiser of a run, at one global step.
 
@@ -190,6 +209,7 @@ class DinoTrainer:
             )
         if backbone_state is not None:
             load_strictly(backbone, dict(backbone_state), "the encoder to continue from")
+        backbone = with_contiguous_attention(backbone)
         self.student = DinoNetwork(backbone, head).to(self.device).train()
         self.teacher = teacher_of(self.student).train()
         self.loss = DinoLoss(settings.prototypes).to(self.device)
@@ -197,7 +217,7 @@ class DinoTrainer:
         self.augment: Augment = (
             MarkerAugment(rule, settings.geometry) if settings.preset == "marker" else PaperAugment(settings.geometry)
         )
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.student), lr=0.0, betas=(0.9, 0.999), foreach=True)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.student), lr=0.0, betas=(0.9, 0.999), fused=True)
         self._forward: nn.Module = self.student
         if self.world.size > 1:
             # Buffers differ by rank only within a step: `_average_buffers` makes them equal after it.
@@ -214,14 +234,37 @@ class DinoTrainer:
         """
         started = time.perf_counter()
         values = self.schedules.at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = values.learning_rate
-            group["weight_decay"] = values.weight_decay if group["decayed"] else 0.0
+        passed = self.forward(self.views_of(fraction_BCHW), values)
+        mean_loss = float(self.world.average(passed.loss.detach().clone()))
+        if not np.isfinite(mean_loss):
+            raise WeightsError(
+                f"the loss became {mean_loss} at step {self.step}: lower pretrain.learning_rate "
+                "(the last checkpoint is intact; rerun to continue from it)"
+            )
+        self.backward(passed.loss)
+        gradient_norm = self.update(passed, values)
+        self.step += 1
+        return measure(
+            step=self.step,
+            loss=mean_loss,
+            values=values,
+            gradient_norm=gradient_norm,
+            probabilities_TBK=passed.probabilities,
+            centre_K=self.loss.centre,
+            features_BD=passed.teacher_features,
+            num_crops=round(len(fraction_BCHW) / self.world.weight * self.world.size),
+            seconds=time.perf_counter() - started,
+        )
+
+    def views_of(self, fraction_BCHW: torch.Tensor) -> Views:
+        """Make this step's views; seeded by step and rank."""
         seed = fold_seed(self.settings.seed, "views", self.step, self.world.rank)
         torch.manual_seed(seed)  # for backbones with dropout
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        views = self.augment(self._resized(fraction_BCHW), generator)
+        return self.augment(self._resized(fraction_BCHW), generator)
 
+    def forward(self, views: Views, values: StepValues) -> ForwardPass:
+        """Pass views through teacher and student and compare them."""
         with autocast(self.settings.precision, self.device):
             with torch.no_grad():
                 (teacher_VBK,), teacher_features = self.teacher([views.global_views])
@@ -230,34 +273,27 @@ class DinoTrainer:
         teacher_VBK = teacher_VBK.float()
         probabilities = self.loss.teacher_probabilities(teacher_VBK, values.teacher_temperature)
         loss = self.loss(torch.cat([part.float() for part in logits]), probabilities)
-        mean_loss = float(self.world.average(loss.detach().clone()))
-        if not np.isfinite(mean_loss):
-            raise WeightsError(
-                f"the loss became {mean_loss} at step {self.step}: lower pretrain.learning_rate "
-                "(the last checkpoint is intact; rerun to continue from it)"
-            )
+        return ForwardPass(loss, teacher_VBK, probabilities, teacher_features)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute the student's gradients, averaged over the crops of all workers."""
         self.optimizer.zero_grad(set_to_none=True)
         # The workers' gradients are averaged evenly: the weight makes that the gradient of the whole batch.
         (loss if self.world.weight == 1.0 else loss * self.world.weight).backward()
+
+    def update(self, passed: ForwardPass, values: StepValues) -> float:
+        """Move student, teacher and centre by this step's gradients; returns their norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = values.learning_rate
+            group["weight_decay"] = values.weight_decay if group["decayed"] else 0.0
         gradient_norm = self._clip()
         if not values.train_last_layer:
             self.student.head.prototypes.grad = None
         self.optimizer.step()
         update_teacher(self.teacher, self.student, values.teacher_momentum)
-        self.loss.update_centre(teacher_VBK, self.world.average)
+        self.loss.update_centre(passed.teacher_logits, self.world.average)
         self._average_buffers()
-        self.step += 1
-        return measure(
-            step=self.step,
-            loss=mean_loss,
-            values=values,
-            gradient_norm=gradient_norm,
-            probabilities_TBK=probabilities,
-            centre_K=self.loss.centre,
-            features_BD=teacher_features,
-            num_crops=round(len(fraction_BCHW) / self.world.weight * self.world.size),
-            seconds=time.perf_counter() - started,
-        )
+        return gradient_norm
 
     def _resized(self, fraction_BCHW: torch.Tensor) -> torch.Tensor:
         side = self.settings.input_px
@@ -310,10 +346,8 @@ class DinoTrainer:
         for name, parameter in self.student.named_parameters():
             own = {key: value for key, value in _below(moments, f"{name}.").items() if "." not in key}
             if own:
-                # AdamW keeps its step counter on the processor and the moments beside the weights.
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(self.device) for key, value in own.items()
-                }
+                # A fused AdamW keeps its step counter, like the moments, beside the weights; and counts in place.
+                self.optimizer.state[parameter] = {key: value.to(self.device, copy=True) for key, value in own.items()}
         self.step = step
 
 
