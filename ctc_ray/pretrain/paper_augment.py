@@ -12,6 +12,7 @@ Shape letters: N crops, M = views x N, C channels, H rows, W columns, S side of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -68,8 +69,7 @@ class PaperAugment:
             image = jitter(image, generator)
             image = self._blurred(image, BLUR_PROBABILITY[min(index, 2)], generator)
             if index == 1:
-                chosen = _chosen(len(image), SOLARISE_PROBABILITY, generator)
-                image = torch.where(chosen & (image >= SOLARISE_THRESHOLD), 1.0 - image, image)
+                image = _on(image, _chosen(len(image), SOLARISE_PROBABILITY, generator), solarise)
             views.append(image.clamp(0.0, 1.0) * 2.0 - 1.0)
         empty = views[0].new_empty(0, len(fraction_NCHW), fraction_NCHW.shape[1], geometry.local_px, geometry.local_px)
         return Views(torch.stack(views[:2]), torch.stack(views[2:]) if geometry.num_local else empty)
@@ -78,12 +78,21 @@ class PaperAugment:
         ratio = self.geometry.global_px / _REFERENCE_GLOBAL_PX
         sigma = uniform((len(image),), BLUR_SIGMA_PX[0] * ratio, BLUR_SIGMA_PX[1] * ratio, generator)
         reach = BLUR_KERNEL_PX // 2 * ratio
-        blurred = blur(image, sigma, reach_px=max(1, round(reach)))
-        return torch.where(_chosen(len(image), probability, generator), blurred, image)
+        chosen = _chosen(len(image), probability, generator)
+        return _on(image, chosen, lambda part: blur(part, sigma[chosen], reach_px=max(1, round(reach))))
 
 
 def _chosen(num: int, probability: float, generator: torch.Generator) -> torch.Tensor:
-    return (uniform((num,), 0.0, 1.0, generator) < probability).view(-1, 1, 1, 1)
+    return uniform((num,), 0.0, 1.0, generator) < probability
+
+
+def _on(
+    image_NCHW: torch.Tensor, chosen_N: torch.Tensor, operation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Apply an operation to the chosen images alone."""
+    changed = image_NCHW.clone()
+    changed[chosen_N] = operation(image_NCHW[chosen_N])
+    return changed
 
 
 def pose(image_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -126,24 +135,33 @@ def homography(source_N42: torch.Tensor, target_N42: torch.Tensor) -> torch.Tens
 def tone(image_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Invert, sharpen, stretch and equalise, each on its share of the images."""
     num = len(image_NCHW)
-    image = torch.where(_chosen(num, INVERT_PROBABILITY, generator), 1.0 - image_NCHW, image_NCHW)
-    image = torch.where(_chosen(num, SHARPNESS_PROBABILITY, generator), sharpen(image, SHARPNESS), image)
-    image = torch.where(_chosen(num, AUTOCONTRAST_PROBABILITY, generator), autocontrast(image), image)
-    chosen = _chosen(num, EQUALISE_PROBABILITY, generator).view(-1)
-    equalised = image.clone()
-    equalised[chosen] = equalise(image[chosen])
-    return equalised
+    image = _on(image_NCHW, _chosen(num, INVERT_PROBABILITY, generator), invert)
+    image = _on(image, _chosen(num, SHARPNESS_PROBABILITY, generator), sharpen)
+    image = _on(image, _chosen(num, AUTOCONTRAST_PROBABILITY, generator), autocontrast)
+    return _on(image, _chosen(num, EQUALISE_PROBABILITY, generator), equalise)
 
 
-def sharpen(image_NCHW: torch.Tensor, factor: float) -> torch.Tensor:
-    """Blend with a 3x3 smoothed copy, as torchvision's adjust_sharpness; borders stay as they are."""
-    channels = image_NCHW.shape[1]
-    kernel = image_NCHW.new_ones(3, 3)
-    kernel[1, 1] = 5.0
-    kernel = (kernel / kernel.sum()).expand(channels, 1, 3, 3)
-    smooth = image_NCHW.clone()
-    smooth[..., 1:-1, 1:-1] = F.conv2d(image_NCHW, kernel, groups=channels)
-    return (factor * image_NCHW + (1.0 - factor) * smooth).clamp(0.0, 1.0)
+def invert(image_NCHW: torch.Tensor) -> torch.Tensor:
+    """Dark for bright, 1 - v."""
+    return 1.0 - image_NCHW
+
+
+def solarise(image_NCHW: torch.Tensor) -> torch.Tensor:
+    """Invert what is bright: 1 - v from `SOLARISE_THRESHOLD` on."""
+    return torch.where(image_NCHW >= SOLARISE_THRESHOLD, 1.0 - image_NCHW, image_NCHW)
+
+
+def sharpen(image_NCHW: torch.Tensor, factor: float = SHARPNESS) -> torch.Tensor:
+    """Blend with a 3x3 smoothed copy, as torchvision's adjust_sharpness; borders stay as they are.
+
+    The smoothing kernel is 1/13 everywhere and 5/13 in its centre, so sums of neighbours do for a convolution.
+    """
+    rows = image_NCHW[..., :-2, :] + image_NCHW[..., 1:-1, :] + image_NCHW[..., 2:, :]
+    square = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    inner = image_NCHW[..., 1:-1, 1:-1]
+    sharp = image_NCHW.clone()
+    sharp[..., 1:-1, 1:-1] = factor * inner + (1.0 - factor) / 13.0 * (square + 4.0 * inner)
+    return sharp.clamp_(0.0, 1.0)
 
 
 def autocontrast(image_NCHW: torch.Tensor) -> torch.Tensor:
@@ -193,20 +211,21 @@ def jitter(image_MCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     saturation = uniform((num, 1, 1, 1), 1 - SATURATION, 1 + SATURATION, generator)
     hue = uniform((num, 1, 1), -HUE, HUE, generator)
     order = uniform((num, 4), 0.0, 1.0, generator).argsort(dim=1)
+    chosen = _chosen(num, JITTER_PROBABILITY, generator)
     image = image_MCHW.clone()
     for position in range(4):
         operation = order[:, position]
-        at = operation == 0
-        image[at] = (image[at] * brightness[at]).clamp(0.0, 1.0)
-        at = operation == 1
+        at = (chosen & (operation == 0)).nonzero().view(-1)
+        image[at] = (image[at] * brightness[at]).clamp_(0.0, 1.0)
+        at = (chosen & (operation == 1)).nonzero().view(-1)
         image[at] = _blend(image[at], grey(image[at]).mean(dim=(1, 2, 3), keepdim=True), contrast[at])
         if channels != 3:
             continue
-        at = operation == 2
+        at = (chosen & (operation == 2)).nonzero().view(-1)
         image[at] = _blend(image[at], grey(image[at]), saturation[at])
-        at = operation == 3
+        at = (chosen & (operation == 3)).nonzero().view(-1)
         image[at] = shift_hue(image[at], hue[at])
-    return torch.where(_chosen(num, JITTER_PROBABILITY, generator), image, image_MCHW)
+    return image
 
 
 def grey(image_MCHW: torch.Tensor) -> torch.Tensor:
