@@ -171,23 +171,35 @@ def warp(
     return F.grid_sample(images_MCHW, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def blur(images_MCHW: torch.Tensor, sigma_px_M: torch.Tensor, *, reach_px: int | None = None) -> torch.Tensor:
+def blur(
+    images_MCHW: torch.Tensor, sigma_px_M: torch.Tensor, *, reach_px: int | None = None, mirror: bool = False
+) -> torch.Tensor:
     """Gaussian blur with one sigma per image, as two batched matrix products.
 
     Args:
         images_MCHW: (M, C, S, S) float32.
         sigma_px_M: (M,) sigma in px; values below 0.05 leave the image as it is.
         reach_px: the kernel ends this far from its centre; None lets it fade out.
+        mirror: what lies beyond the border is the image's mirror image, as torchvision has it; else the kernel is
+            renormalised there. A flat image stays flat either way.
 
     Returns:
-        (M, C, S, S) float32; the kernel is renormalised at the border, so a flat image stays flat.
+        (M, C, S, S) float32.
     """
     size = images_MCHW.shape[-1]
     axis = torch.arange(size, device=images_MCHW.device, dtype=images_MCHW.dtype)
-    distance2 = (axis[:, None] - axis[None, :]).square()
-    kernel = torch.exp(-distance2 / (2.0 * sigma_px_M.clamp_min(0.05).square()).view(-1, 1, 1))
-    if reach_px is not None:
-        kernel = kernel * (distance2 <= reach_px**2)
+    spread = 2.0 * sigma_px_M.clamp_min(0.05).square().view(-1, 1, 1)
+
+    def weights(of_pixel: torch.Tensor) -> torch.Tensor:
+        distance2 = (axis[:, None] - of_pixel[None, :]).square()
+        kernel = torch.exp(-distance2 / spread)
+        return kernel if reach_px is None else kernel * (distance2 <= reach_px**2)
+
+    kernel = weights(axis)
+    if mirror:
+        # Pixels 1, 2, ... stand at -1, -2, ... too, and likewise at the far border.
+        before, after = -axis, 2.0 * (size - 1) - axis
+        kernel = kernel + weights(before) * (axis > 0) + weights(after) * (axis < size - 1)
     kernel = (kernel / kernel.sum(dim=-1, keepdim=True)).unsqueeze(1)
     return kernel @ images_MCHW @ kernel.transpose(-1, -2)
 

@@ -4,7 +4,9 @@ It treats the three markers as the colours of one image, inverts and equalises t
 bright; it is here to compare against. Values and order are those in effect in the reference (`create_dino_gym` and
 `data_augmentation`); operations follow torchvision's definitions on images of 0..1.
 
-Departure: only 3-channel crops have hue and saturation, so other channel counts skip those two.
+Departures: perspective and rotation share one bilinear resampling (the reference resamples twice, the second time to the
+nearest pixel); corners move by any length, not by whole pixels; values are not rounded to 8 bits after each operation; only
+3-channel crops have hue and saturation, so other channel counts skip those two.
 
 Shape letters: N crops, M = views x N, C channels, H rows, W columns, S side of a view.
 """
@@ -29,6 +31,7 @@ AUTOCONTRAST_PROBABILITY: Final = 0.5  # reference: RandomAutocontrast p
 EQUALISE_PROBABILITY: Final = 0.2  # reference: RandomEqualize p
 FLIP_PROBABILITY: Final = 0.5  # reference: horizontal and vertical flip p
 ASPECT: Final = (3 / 4, 4 / 3)  # reference: RandomResizedCrop default
+WINDOW_ATTEMPTS: Final = 10  # torchvision RandomResizedCrop
 JITTER_PROBABILITY: Final = 0.8  # reference: ColorJitter p
 BRIGHTNESS: Final = 0.1  # reference: ColorJitter
 CONTRAST: Final = 0.4  # reference: ColorJitter
@@ -47,8 +50,10 @@ class PaperAugment:
     """Two global and several local views by the `paper` preset.
 
     Args:
-        geometry: view sizes; the blur's sigma and kernel scale with the view, as a view of 48 px blurred by 5 px of a
-            256 px view would be flat.
+        geometry: view sizes. For views of 48 and 24 px take `replace(PAPER.geometry, global_px=48, local_px=24)` with an
+            input of 48 px. The blur's sigma and kernel then scale by global_px / 256 (sigma 0.02 to 0.94 px, 3 px wide), as
+            5 px of a 256 px view are 1 px of that. What has no size in px stays; the 3 px of sharpness cannot shrink, and
+            reach further into the cell than at 224 px.
     """
 
     def __init__(self, geometry: ViewGeometry) -> None:
@@ -79,7 +84,7 @@ class PaperAugment:
         sigma = uniform((len(image),), BLUR_SIGMA_PX[0] * ratio, BLUR_SIGMA_PX[1] * ratio, generator)
         reach = BLUR_KERNEL_PX // 2 * ratio
         chosen = _chosen(len(image), probability, generator)
-        return _on(image, chosen, lambda part: blur(part, sigma[chosen], reach_px=max(1, round(reach))))
+        return _on(image, chosen, lambda part: blur(part, sigma[chosen], reach_px=max(1, round(reach)), mirror=True))
 
 
 def _chosen(num: int, probability: float, generator: torch.Generator) -> torch.Tensor:
@@ -107,10 +112,14 @@ def pose(image_NCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     tilted = uniform((num,), 0.0, 1.0, generator) < PERSPECTIVE_PROBABILITY
     identity = torch.eye(3, device=image_NCHW.device).expand(num, 3, 3)
     perspective = torch.where(tilted.view(-1, 1, 1), perspective, identity)
-    angle = uniform((num,), -math.pi, math.pi, generator)
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    rotation = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).view(num, 3, 3)
-    return warp(image_NCHW, perspective @ rotation, image_NCHW.shape[-1], padding="zeros")
+    turned = rotation(uniform((num,), -math.pi, math.pi, generator))
+    return warp(image_NCHW, perspective @ turned, image_NCHW.shape[-1], padding="zeros")
+
+
+def rotation(angle_N: torch.Tensor) -> torch.Tensor:
+    """Matrices (N, 3, 3), view to image, that turn images counter-clockwise by angles in radians."""
+    cos, sin, zero, one = angle_N.cos(), angle_N.sin(), torch.zeros_like(angle_N), torch.ones_like(angle_N)
+    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=-1).view(-1, 3, 3)
 
 
 def homography(source_N42: torch.Tensor, target_N42: torch.Tensor) -> torch.Tensor:
@@ -174,7 +183,7 @@ def autocontrast(image_NCHW: torch.Tensor) -> torch.Tensor:
 def equalise(image_NCHW: torch.Tensor) -> torch.Tensor:
     """Equalise the 256-level histogram of each channel of each image, as torchvision's equalize."""
     num, channels, height, width = image_NCHW.shape
-    level = (image_NCHW * 255.0).round().long().view(num * channels, height * width)
+    level = (image_NCHW * 255.0).round().long().reshape(num * channels, height * width)
     histogram = torch.zeros(num * channels, 256, device=image_NCHW.device, dtype=torch.int64)
     histogram.scatter_add_(1, level, torch.ones_like(level))
     levels = torch.arange(256, device=image_NCHW.device)
@@ -183,24 +192,84 @@ def equalise(image_NCHW: torch.Tensor) -> torch.Tensor:
     table = (histogram.cumsum(dim=1) + step // 2) // step.clamp_min(1)
     table = F.pad(table, (1, 0))[:, :-1].clamp(0, 255)
     mapped = table.gather(1, level)
-    return torch.where(step > 0, mapped, level).view_as(image_NCHW).to(image_NCHW.dtype) / 255.0
+    return torch.where(step > 0, mapped, level).view(image_NCHW.shape).to(image_NCHW.dtype) / 255.0
 
 
 def resized_crop(
     image_NCHW: torch.Tensor, *, size_px: int, scale: tuple[float, float], generator: torch.Generator
 ) -> torch.Tensor:
-    """Random crop of an area and aspect, with both flips, resampled to the view."""
-    num = len(image_NCHW)
-    area = uniform((num,), scale[0], scale[1], generator)
-    aspect = torch.exp(uniform((num,), math.log(ASPECT[0]), math.log(ASPECT[1]), generator))
-    width = (area * aspect).sqrt().clamp_max(1.0)
-    height = (area / aspect).sqrt().clamp_max(1.0)
-    centre_x = uniform((num,), -1.0, 1.0, generator) * (1.0 - width)
-    centre_y = uniform((num,), -1.0, 1.0, generator) * (1.0 - height)
-    flips = torch.where(uniform((2, num), 0.0, 1.0, generator) < FLIP_PROBABILITY, -1.0, 1.0)
-    zero, one = torch.zeros_like(width), torch.ones_like(width)
-    place = torch.stack([width * flips[0], zero, centre_x, zero, height * flips[1], centre_y, zero, zero, one], dim=-1)
-    return warp(image_NCHW, place.view(num, 3, 3), size_px)
+    """Random crop of an area and aspect, resampled to the view, then both flips; as RandomResizedCrop."""
+    num, _, height, width = image_NCHW.shape
+    windows = draw_windows(num, height=height, width=width, scale=scale, generator=generator)
+    flips = uniform((2, num), 0.0, 1.0, generator) < FLIP_PROBABILITY
+    return resize_windows(image_NCHW, windows, size_px, flips)
+
+
+def draw_windows(
+    num: int, *, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
+) -> torch.Tensor:
+    """Draw one window an image: the first of ten draws of area and aspect that fits, else the whole image.
+
+    Args:
+        num: number of images N.
+        height: of an image, px.
+        width: of an image, px.
+        scale: range of the window's share of the image's area.
+        generator: source of all draws.
+
+    Returns:
+        (N, 4) int64 px: top, left, height, width.
+
+    Source: torchvision RandomResizedCrop.get_params; departure: its fallback trims an image whose own aspect is out of range,
+    which a square crop never is.
+    """
+    area = uniform((WINDOW_ATTEMPTS, num), scale[0], scale[1], generator) * (height * width)
+    aspect = torch.exp(uniform((WINDOW_ATTEMPTS, num), math.log(ASPECT[0]), math.log(ASPECT[1]), generator))
+    place = uniform((2, num), 0.0, 1.0, generator)
+    tall, wide = (area / aspect).sqrt().round().long(), (area * aspect).sqrt().round().long()
+    fits = (tall > 0) & (tall <= height) & (wide > 0) & (wide <= width)
+    attempt = torch.arange(WINDOW_ATTEMPTS, device=area.device).view(-1, 1)
+    first = torch.where(fits, attempt, WINDOW_ATTEMPTS - 1).amin(dim=0, keepdim=True)
+    found = fits.any(dim=0)
+    tall = torch.where(found, tall.gather(0, first)[0], height)
+    wide = torch.where(found, wide.gather(0, first)[0], width)
+    top = (place[0] * (height - tall + 1)).long().clamp_max(height - 1)
+    left = (place[1] * (width - wide + 1)).long().clamp_max(width - 1)
+    return torch.stack([top, left, tall, wide], dim=-1)
+
+
+def resize_windows(
+    image_NCHW: torch.Tensor, windows_N4: torch.Tensor, size_px: int, flips_2N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cut a window from each image and resample it bilinearly, smoothing where it shrinks, as PIL and torchvision do.
+
+    Args:
+        image_NCHW: (N, C, H, W) float32.
+        windows_N4: (N, 4) px: top, left, height, width.
+        size_px: side S of the result.
+        flips_2N: (2, N) bool: mirror the columns, mirror the rows.
+
+    Returns:
+        (N, C, S, S) float32.
+    """
+    top, left, tall, wide = windows_N4.unbind(-1)
+    rows = _triangles(top, tall, image_NCHW.shape[2], size_px)
+    columns = _triangles(left, wide, image_NCHW.shape[3], size_px)
+    if flips_2N is not None:
+        columns = torch.where(flips_2N[0].view(-1, 1, 1), columns.flip(1), columns)
+        rows = torch.where(flips_2N[1].view(-1, 1, 1), rows.flip(1), rows)
+    return rows.unsqueeze(1) @ image_NCHW @ columns.unsqueeze(1).transpose(-1, -2)
+
+
+def _triangles(start_N: torch.Tensor, length_N: torch.Tensor, side_px: int, size_px: int) -> torch.Tensor:
+    """Weights (N, S, side) of the pixels of an axis in each pixel of the view; none from outside the window."""
+    pixel = torch.arange(side_px, device=start_N.device)
+    inside = pixel - start_N.view(-1, 1, 1)
+    step = (length_N / size_px).view(-1, 1, 1)
+    centre = (torch.arange(size_px, device=start_N.device) + 0.5).view(1, -1, 1) * step
+    weight = (1.0 - (inside + 0.5 - centre).abs() / step.clamp_min(1.0)).clamp_min(0.0)
+    weight = weight * ((inside >= 0) & (inside < length_N.view(-1, 1, 1)))
+    return weight / weight.sum(dim=-1, keepdim=True)
 
 
 def jitter(image_MCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -216,16 +285,31 @@ def jitter(image_MCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     for position in range(4):
         operation = order[:, position]
         at = (chosen & (operation == 0)).nonzero().view(-1)
-        image[at] = (image[at] * brightness[at]).clamp_(0.0, 1.0)
+        image[at] = brighten(image[at], brightness[at])
         at = (chosen & (operation == 1)).nonzero().view(-1)
-        image[at] = _blend(image[at], grey(image[at]).mean(dim=(1, 2, 3), keepdim=True), contrast[at])
+        image[at] = contrasted(image[at], contrast[at])
         if channels != 3:
             continue
         at = (chosen & (operation == 2)).nonzero().view(-1)
-        image[at] = _blend(image[at], grey(image[at]), saturation[at])
+        image[at] = saturate(image[at], saturation[at])
         at = (chosen & (operation == 3)).nonzero().view(-1)
         image[at] = shift_hue(image[at], hue[at])
     return image
+
+
+def brighten(image_MCHW: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply the light, as adjust_brightness; `factor` broadcasts, as in the two that follow."""
+    return (image_MCHW * factor).clamp_(0.0, 1.0)
+
+
+def contrasted(image_MCHW: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Move values away from the image's mean grey, as adjust_contrast."""
+    return _blend(image_MCHW, grey(image_MCHW).mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def saturate(image_M3HW: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Move values away from their pixel's grey, as adjust_saturation."""
+    return _blend(image_M3HW, grey(image_M3HW), factor)
 
 
 def grey(image_MCHW: torch.Tensor) -> torch.Tensor:
