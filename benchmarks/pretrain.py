@@ -26,12 +26,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.pretrain_reference import PilViews, ReferenceLoop
 from benchmarks.segment_accuracy import hardware
 from ctc_ray.phantom import draw_crops
-from ctc_ray.pretrain.augment import Augment, MarkerAugment, ViewGeometry
+from ctc_ray.pretrain.augment import Augment, MarkerAugment
 from ctc_ray.pretrain.intensity import IntensityRule, to_fraction
 from ctc_ray.pretrain.monitor import measure
 from ctc_ray.pretrain.paper_augment import PaperAugment
@@ -44,6 +45,8 @@ RULE: Final = IntensityRule("constants", (0.0,) * 3, (0.6,) * 3, 10.0)
 SECTIONS: Final = ("step", "views", "workers", "head")
 PROTOTYPES: Final = (65_536, 4_096, 2_048)
 BATCHES: Final = (16, 32, 64, 128)
+SMALL_VIEWS: Final = replace(PAPER.geometry, global_px=48, local_px=24)
+"""The reference's shares of a crop at the sizes of `marker`."""
 RUN_STEPS: Final = 30_000
 _NOMINAL_BF16: Final = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s of the SXM boards by their makers' data sheets."""
@@ -127,8 +130,9 @@ def measure_step(settings: DinoSettings, crops: Crops, device: torch.device, rou
     batch = settings.batch_size
     source = ResidentCrops(crops, batch_size=batch, seed=0, device=device)
     marker = trainer_of(settings, device)
-    paper = trainer_of(replace(settings, preset="paper", clip="agc"), device)
-    reference = ReferenceLoop(settings, crops, device, num_loaders=loaders)
+    as_reference = replace(settings, preset="paper", geometry=SMALL_VIEWS, clip="agc")
+    paper = trainer_of(as_reference, device)
+    reference = ReferenceLoop(as_reference, crops, device, num_loaders=loaders)
     views, values = marker.views_of(source.batch(0)), marker.schedules.at(0)
 
     def forward_backward() -> None:
@@ -180,10 +184,10 @@ def measure_published_size(crops: Crops, device: torch.device, precision: Any) -
 
 def measure_views(crops: Crops, device: torch.device, rounds: int, batch: int) -> Any:
     """Views alone: batched, and PIL on one core."""
-    geometry = ViewGeometry()
+    geometry = SMALL_VIEWS
     fraction = to_fraction(crops[:batch]).to(device)
     generator = torch.Generator(device=device).manual_seed(0)
-    batched: dict[str, Augment] = {"marker": MarkerAugment(RULE, geometry), "paper": PaperAugment(geometry)}
+    batched: dict[str, Augment] = {"marker": MarkerAugment(RULE), "paper": PaperAugment(geometry)}
     pil = PilViews(crops, geometry)
     ways: dict[str, Run] = {
         name: lambda augment=augment: augment(fraction, generator)  # type: ignore[misc]  # bound early
@@ -227,9 +231,7 @@ def measure_workers(settings: DinoSettings, rounds: int) -> Any:
     """Two one-thread processes with gloo, beside one."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/seconds.json"
-        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            _worker, args=(f"{folder}/rendezvous", out, settings, rounds), nprocs=2
-        )
+        spawn(_worker, args=(f"{folder}/rendezvous", out, settings, rounds), nprocs=2)
         seconds = json.loads(Path(out).read_text())
     batch = settings.batch_size
     crops = {"one": batch, "two, a batch each": 2 * batch, "two, half a batch each": batch}

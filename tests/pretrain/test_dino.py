@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,3 +106,62 @@ def test_teacher_starts_equal_and_follows_by_momentum() -> None:
     for old, new in zip(before, teacher.parameters(), strict=True):
         assert torch.allclose(new, old + 0.1, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(buffers, teacher.buffers(), strict=True))
+
+
+@given(st.floats(0.5, 0.999), st.integers(1, 12))
+@settings(max_examples=10, deadline=None)
+def test_teacher_is_the_weighted_sum_of_all_past_students(momentum: float, num_updates: int) -> None:
+    student = nn.Linear(3, 2)
+    teacher = copy.deepcopy(student)
+    history = [student.weight.detach().clone()]
+    generator = torch.Generator().manual_seed(num_updates)
+    for _ in range(num_updates):
+        with torch.no_grad():
+            student.weight.copy_(torch.randn(2, 3, generator=generator))
+        history.append(student.weight.detach().clone())
+        update_teacher(teacher, student, momentum)
+    expected = momentum**num_updates * history[0]
+    for age, weight in enumerate(reversed(history[1:])):
+        expected = expected + (1 - momentum) * momentum**age * weight
+    assert torch.allclose(teacher.weight, expected, atol=1e-5)
+
+
+def test_teacher_with_momentum_one_stays_and_with_zero_copies() -> None:
+    student = _network()
+    teacher = teacher_of(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.5).add_(0.1)
+    before = [p.clone() for p in teacher.parameters()]
+    update_teacher(teacher, student, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+    update_teacher(teacher, student, 0.0)
+    assert all(torch.allclose(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+
+
+def test_loss_gradient_equals_slow_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(4, 3, 7, generator=generator, requires_grad=True)
+    loss = DinoLoss(7)
+    probabilities = loss.teacher_probabilities(torch.randn(2, 3, 7, generator=generator), 0.07)
+    (fast,) = torch.autograd.grad(loss(student, probabilities), student)
+    pairs = [(t, v) for t in range(2) for v in range(4) if t != v]
+    slow_loss = torch.stack(
+        [-(probabilities[t] * torch.log_softmax(student[v] / 0.1, dim=-1)).sum(-1).mean() for t, v in pairs]
+    ).mean()
+    (slow,) = torch.autograd.grad(slow_loss, student)
+    assert torch.allclose(fast, slow, atol=1e-6)
+
+
+def test_loss_is_least_where_the_student_agrees_with_the_teacher() -> None:
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(2, 5, 9, generator=generator)
+    teacher[1] = teacher[0]
+    loss = DinoLoss(9)
+    probabilities = loss.teacher_probabilities(teacher, 0.1)
+    agreeing = loss(teacher, probabilities)  # the same temperature on both sides
+    entropy = torch.special.entr(probabilities[0]).sum(-1).mean()
+    assert float(agreeing) == pytest.approx(float(entropy), rel=1e-5)
+    for seed in range(5):
+        other = teacher + 0.1 * torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(seed))
+        assert float(loss(other, probabilities)) > float(agreeing)

