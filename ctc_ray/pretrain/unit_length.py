@@ -7,9 +7,15 @@ quarter of a training step. The values here are the same; gradients differ by ro
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from timm.models.xcit import XCA
 from torch import nn
+
+_BLOCK_ROWS: Final = 2048
+"""Rows whose gradient is computed at once on a processor: what comes between stays in its cache. Fresh memory for all of 65,536
+prototypes costs more than the arithmetic."""
 
 
 class _UnitLength(torch.autograd.Function):
@@ -29,11 +35,23 @@ class _UnitLength(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         scaled, divisor, is_long = ctx.saved_tensors  # type: ignore[attr-defined]  # set by save_for_backward
         (gradient,) = gradients
-        along = (gradient * scaled).sum(dim=-1, keepdim=True)
-        # Below eps the divisor is a constant, and nothing is projected out.
-        along = torch.where(is_long, along, torch.zeros_like(along))
-        result = torch.addcmul(gradient, scaled, along, value=-1).div_(divisor)
+        if gradient.device.type != "cpu" or gradient.ndim != 2:
+            result = _tangent(gradient, scaled, divisor, is_long)
+        else:
+            result = torch.empty_like(gradient)
+            for rows in range(0, len(gradient), _BLOCK_ROWS):
+                block = slice(rows, rows + _BLOCK_ROWS)
+                result[block] = _tangent(gradient[block], scaled[block], divisor[block], is_long[block])
         return result.to(ctx.dtype), None  # type: ignore[attr-defined]  # see forward
+
+
+def _tangent(
+    gradient: torch.Tensor, scaled: torch.Tensor, divisor: torch.Tensor, is_long: torch.Tensor
+) -> torch.Tensor:
+    along = (gradient * scaled).sum(dim=-1, keepdim=True)
+    # Below eps the divisor is a constant, and nothing is projected out.
+    along = torch.where(is_long, along, torch.zeros_like(along))
+    return torch.addcmul(gradient, scaled, along, value=-1).div_(divisor)
 
 
 def unit_length(values: torch.Tensor, eps: float = 1e-12) -> torch.Tensor:

@@ -31,6 +31,17 @@ def test_unit_length_and_its_gradient_equal_normalize() -> None:
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
 
 
+def test_unit_length_gradient_of_many_rows_equals_normalize() -> None:
+    values, gradient = _values(5001, 8), _values(5001, 8, seed=1)
+    values[17] = 0.0
+    ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
+    unit_length(ours, 1e-6).backward(gradient)
+    F.normalize(theirs, dim=-1, eps=1e-6).backward(gradient)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_unit_length_gradient_passes_numerical_check() -> None:
     assert torch.autograd.gradcheck(unit_length, (_values(4, 5).double().requires_grad_(),))
 
