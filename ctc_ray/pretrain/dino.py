@@ -6,12 +6,13 @@ Shape letters: V views, B crops in the batch, C channels, H rows, W columns, D e
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name torch's own documentation uses)
 from torch import nn
 
+from ctc_ray.pretrain.cross_entropy import pair_cross_entropy
 from ctc_ray.pretrain.unit_length import unit_length
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -119,22 +120,21 @@ class DinoLoss(nn.Module):
         """Centre and sharpen teacher logits (V, B, K) float32 to probabilities over K."""
         return F.softmax((teacher_VBK - self.centre) / temperature, dim=-1)
 
-    def forward(self, student_VBK: torch.Tensor, probabilities_TBK: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, student_VBK: torch.Tensor | Sequence[torch.Tensor], probabilities_TBK: torch.Tensor
+    ) -> torch.Tensor:
         """Mean cross-entropy.
 
         Args:
-            student_VBK: student logits; the first T views are the ones that the teacher saw.
-            probabilities_TBK: teacher probabilities of T views.
+            student_VBK: student logits, together or one tensor for each view size; the first T views are the ones that
+                the teacher saw.
+            probabilities_TBK: teacher probabilities of T views; no gradient flows to them.
 
         Returns:
             Scalar: mean over the batch and the T * (V - 1) pairs of different views.
         """
-        log_student = F.log_softmax(student_VBK.float() / self.student_temperature, dim=-1)
-        num_views, num_teacher = student_VBK.shape[0], probabilities_TBK.shape[0]
-        # sum over s != t of -q_t . log p_s, without forming the T x V pairs
-        others = log_student.sum(dim=0, keepdim=True) - log_student[:num_teacher]
-        pairs = num_teacher * (num_views - 1)
-        return -(probabilities_TBK * others).sum(dim=-1).mean(dim=1).sum() / pairs
+        parts = [student_VBK] if isinstance(student_VBK, torch.Tensor) else student_VBK
+        return pair_cross_entropy(parts, probabilities_TBK, self.student_temperature)
 
     @torch.no_grad()
     def update_centre(self, teacher_VBK: torch.Tensor, reduce: Reduce = _identity) -> None:

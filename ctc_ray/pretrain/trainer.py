@@ -272,7 +272,7 @@ class DinoTrainer:
             logits, _ = self._forward(sizes)
         teacher_VBK = teacher_VBK.float()
         probabilities = self.loss.teacher_probabilities(teacher_VBK, values.teacher_temperature)
-        loss = self.loss(torch.cat([part.float() for part in logits]), probabilities)
+        loss = self.loss(logits, probabilities)
         return ForwardPass(loss, teacher_VBK, probabilities, teacher_features)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -153,6 +153,25 @@ def test_loss_gradient_equals_slow_reference() -> None:
     assert torch.allclose(fast, slow, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_of_parts_and_of_many_blocks_equals_loss_of_the_whole(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(v, 50, 4096, generator=generator).mul(0.1).to(dtype).requires_grad_() for v in (2, 3)]
+    loss = DinoLoss(4096)
+    probabilities = loss.teacher_probabilities(torch.randn(2, 50, 4096, generator=generator), 1.0)
+    whole = torch.cat(parts)
+    log_student = torch.log_softmax(whole.float() / 0.1, dim=-1)
+    others = log_student.sum(dim=0, keepdim=True) - log_student[:2]
+    expected = -(probabilities * others).sum(dim=-1).mean(dim=1).sum() / 8
+    found = loss(parts, probabilities)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for fast, slow in zip(
+        torch.autograd.grad(3.0 * found, parts), torch.autograd.grad(3.0 * expected, parts), strict=True
+    ):
+        assert fast.dtype == dtype
+        assert float((fast - slow).float().norm()) <= (1e-5 if dtype == torch.float32 else 4e-3) * float(slow.norm())
+
+
 def test_loss_is_least_where_the_student_agrees_with_the_teacher() -> None:
     generator = torch.Generator().manual_seed(1)
     teacher = torch.randn(2, 5, 9, generator=generator)
