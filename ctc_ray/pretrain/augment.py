@@ -88,13 +88,13 @@ class MarkerStrength:
     wander: float = 0.7
     exposure_log2: tuple[float, float] = (-4.0, 1.0)
     exposure_probability: float = 0.3
-    gain_log2: float = 0.25
-    offset: float = 0.01
-    gamma_log2: float = 0.15
-    background: float = 0.02
-    bleed: float = 0.05
-    shot_noise: float = 0.004
-    read_noise: float = 0.02
+    gain_log2: float = 0.125
+    offset: float = 0.005
+    gamma_log2: float = 0.075
+    background: float = 0.01
+    bleed: float = 0.025
+    shot_noise: float = 0.002
+    read_noise: float = 0.01
     blur_px: tuple[float, float] = (0.3, 1.2)
     blur_probability: tuple[float, float] = (0.5, 0.3)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name torch's own documentation uses)
@@ -15,6 +16,8 @@ from torch import nn
 from ctc_ray.pretrain.cross_entropy import pair_cross_entropy
 from ctc_ray.pretrain.unit_length import unit_length
 
+_KOLEO_EPS: Final = 1e-8
+"""Source: DINOv2 `koleo_loss`: identical vectors have a finite loss."""
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Averages a tensor over the workers; the identity in one process."""
 
@@ -97,6 +100,27 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 def _identity(value: torch.Tensor) -> torch.Tensor:
     return value
+
+
+def koleo(features_BD: torch.Tensor) -> torch.Tensor:
+    """Mean negative logarithm of each vector's distance to its nearest neighbour in the batch, on the unit sphere.
+
+    A small weight of it keeps features of short runs from crowding into a few directions.
+
+    Args:
+        features_BD: (B, D) student features of one view, B at least 2.
+
+    Returns:
+        Scalar.
+
+    Source: Sablayrolles et al. 2019 (Kozachenko-Leonenko entropy); used beside DINO by Oquab et al. 2023 (DINOv2). Not in
+    the reference.
+    """
+    unit = unit_length(features_BD.float())
+    with torch.no_grad():
+        cosine = unit @ unit.T
+        nearest = cosine.fill_diagonal_(-2.0).argmax(dim=1)
+    return -torch.log((unit - unit[nearest]).norm(dim=-1) + _KOLEO_EPS).mean()
 
 
 class DinoLoss(nn.Module):

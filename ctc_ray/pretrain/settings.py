@@ -48,6 +48,7 @@ class DinoSettings:
         horizon_factor: length of the schedules over `steps`; 1 scales them to the run.
         clip: `norm` bounds the norm of the whole gradient, `agc` each unit's by its weights' norm.
         clip_factor: the bound.
+        koleo_weight: weight of the term that drives the student's global features apart (`dino.koleo`); 0 leaves it out.
         seed: of weights, order and views.
         precision: `fp32` or `bf16` (autocast).
     """
@@ -75,6 +76,7 @@ class DinoSettings:
     horizon_factor: float = 1.0
     clip: Clip = "norm"
     clip_factor: float = 3.0
+    koleo_weight: float = 0.02
     seed: int = 42
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -142,6 +144,7 @@ PAPER: Final = DinoSettings(
     horizon_factor=_REFERENCE_STEPS / _PAPER_STEPS,  # in effect a constant rate after the warm-up
     clip="agc",  # reference: unit-wise adaptive clipping, not DINO's norm of 3
     clip_factor=3.0,
+    koleo_weight=0.0,  # reference: DINO's loss alone
 )
 """The values in effect in the reference.
 

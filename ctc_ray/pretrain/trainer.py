@@ -24,7 +24,7 @@ from torch import nn
 
 from ctc_ray.errors import SchemaError, WeightsError
 from ctc_ray.pretrain.augment import Augment, MarkerAugment, Views
-from ctc_ray.pretrain.dino import DinoHead, DinoLoss, DinoNetwork, teacher_of, update_teacher
+from ctc_ray.pretrain.dino import DinoHead, DinoLoss, DinoNetwork, koleo, teacher_of, update_teacher
 from ctc_ray.pretrain.encoder import build_backbone, embedding_width, load_strictly
 from ctc_ray.pretrain.intensity import IntensityRule, full_scale_of
 from ctc_ray.pretrain.monitor import StepMetrics, measure
@@ -269,10 +269,13 @@ class DinoTrainer:
             with torch.no_grad():
                 (teacher_VBK,), teacher_features = self.teacher([views.global_views])
             sizes = [views.global_views] + ([views.local_views] if len(views.local_views) else [])
-            logits, _ = self._forward(sizes)
+            logits, features = self._forward(sizes)
         teacher_VBK = teacher_VBK.float()
         probabilities = self.loss.teacher_probabilities(teacher_VBK, values.teacher_temperature)
         loss = self.loss(logits, probabilities)
+        if self.settings.koleo_weight > 0:
+            apart = torch.stack([koleo(view) for view in features.chunk(len(views.global_views))]).mean()
+            loss = loss + self.settings.koleo_weight * apart
         return ForwardPass(loss, teacher_VBK, probabilities, teacher_features)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ctc_ray.pretrain.dino import DinoHead, DinoLoss, DinoNetwork, teacher_of, update_teacher
+from ctc_ray.pretrain.dino import DinoHead, DinoLoss, DinoNetwork, koleo, teacher_of, update_teacher
 
 
 def _slow_loss(student: torch.Tensor, probabilities: torch.Tensor, temperature: float) -> float:
@@ -184,3 +185,24 @@ def test_loss_is_least_where_the_student_agrees_with_the_teacher() -> None:
     for seed in range(5):
         other = teacher + 0.1 * torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(seed))
         assert float(loss(other, probabilities)) > float(agreeing)
+
+
+def test_koleo_is_the_mean_negative_log_distance_to_the_nearest_neighbour() -> None:
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(3))
+    unit = features / features.norm(dim=1, keepdim=True)
+    nearest = [min(float((unit[i] - unit[j]).norm()) for j in range(12) if j != i) for i in range(12)]
+    assert float(koleo(features)) == pytest.approx(-sum(math.log(value) for value in nearest) / 12, rel=1e-5)
+
+
+def test_koleo_is_finite_for_identical_features_and_its_gradient_drives_neighbours_apart() -> None:
+    same = torch.ones(4, 3, requires_grad=True)
+    value = koleo(same)
+    value.backward()
+    assert torch.isfinite(value)
+    assert same.grad is not None
+    assert torch.isfinite(same.grad).all()
+    near = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.2]], requires_grad=True)
+    before = koleo(near)
+    before.backward()
+    assert near.grad is not None
+    assert float(koleo(near.detach() - 0.01 * near.grad)) < float(before)
