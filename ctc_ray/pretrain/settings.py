@@ -130,23 +130,27 @@ PAPER: Final = DinoSettings(
     batch_size=128,  # reference: loader batch
     prototypes=65_536,  # reference: head 256 -> 65,536
     head_hidden=2048,  # reference: head 128 -> 2048 -> 2048 -> 256
-    head_bottleneck=256,
+    head_bottleneck=256,  # reference: the same
     learning_rate=1e-3,  # reference: overrides the linear-scaling default of 2.5e-4
-    learning_rate_end=1e-6,
-    weight_decay=0.04,
-    weight_decay_end=0.4,
+    learning_rate_end=1e-6,  # reference: end of the cosine
+    weight_decay=0.04,  # reference: cosine from 0.04
+    weight_decay_end=0.4,  # reference: to 0.4
     teacher_momentum=0.995,  # reference: constant
-    teacher_momentum_end=0.995,
+    teacher_momentum_end=0.995,  # reference: the same
     teacher_temperature_start=0.04,  # reference: the 10-epoch warm-up has zero slope
-    teacher_temperature=0.04,
+    teacher_temperature=0.04,  # reference: the same
     warmup_fraction=2 * 7_806 / _PAPER_STEPS,  # reference: 2 epochs
     freeze_fraction=7_806 / _PAPER_STEPS,  # reference: 1 epoch
     horizon_factor=_REFERENCE_STEPS / _PAPER_STEPS,  # in effect a constant rate after the warm-up
     clip="agc",  # reference: unit-wise adaptive clipping, not DINO's norm of 3
-    clip_factor=3.0,
+    clip_factor=3.0,  # reference: factor of the adaptive clipping; its eps of 1e-3 stands in `trainer`
     koleo_weight=0.0,  # reference: DINO's loss alone
 )
 """The values in effect in the reference.
+
+Values that the presets share are the reference's too: betas of AdamW, no decay of biases and 1-D parameters, student temperature
+0.1, centre momentum 0.9 (`dino`, `trainer`). For views at the crop's own 48 px: `replace(PAPER, input_px=48,
+geometry=replace(PAPER.geometry, global_px=48, local_px=24))`; see `PaperAugment` for what scales.
 
 Departures: random or shipped weights in place of ImageNet's, which are on the network; bf16 in place of fp16 with a
 loss scaler; no gradient checkpointing, which updated the student's batch statistics twice a step.
