@@ -54,3 +54,12 @@ class WeightsError(CtcRayError, ValueError):
 
 class TooManyFailuresError(CtcRayError, RuntimeError):
     """More units failed than `max_failure_fraction` allows."""
+
+
+def named_error(kind: str, message: str) -> CtcRayError:
+    """An error of ours by the name of its class, as a worker reported it; a `ResourceError` where the name is unknown."""
+    kinds, found = [CtcRayError], dict[str, type[CtcRayError]]()
+    while kinds:
+        found |= {one.__name__: one for one in kinds}
+        kinds = [below for one in kinds for below in one.__subclasses__()]
+    return found.get(kind, ResourceError)(message)

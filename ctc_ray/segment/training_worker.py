@@ -1,33 +1,25 @@
 """What each process of a Ray Train run of the segmenter does: read the images, train, report.
 
-State lies in the output folder and not in Ray: checkpoint, history, progress and errors are files there. A training that
-was killed, with its driver or alone, is continued by running it again.
+State lies in the output folder and not in Ray: checkpoint and history are files there. A training that was killed, with its
+driver or alone, is continued by running it again.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import ray.train
 import ray.train.torch as ray_torch
 import torch
 
-from ctc_ray.errors import CtcRayError
-from ctc_ray.segment.atomic_file import write_atomic
 from ctc_ray.segment.network import NetworkConfig
 from ctc_ray.segment.training import Schedule, train
 from ctc_ray.segment.training_images import Pair, PairFiles, read_pair
 from ctc_ray.segment.training_world import Alone, ProcessGroup
-
-STATUS_FILE: Final = "status.json"
-ERROR_FILE: Final = "error.json"
-_STATUS_INTERVAL_S: Final = 1.0
+from ctc_ray.train_launch import Reports
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class TrainingPlan:
         held_out: images for progress figures and thresholds.
         page: of images with several pages.
         out: folder of the training.
-        state: folder for progress and errors, below `out`.
+        state: folder for Ray's own notes, below `out`.
         schedule: length, rates, seed, precision.
         network: architecture.
         initial: weights to start from, or None.
@@ -65,39 +57,26 @@ class TrainingPlan:
         return [read_pair(one, page=self.page, allow_empty=True) for one in files]
 
 
-def train_worker(config: dict[str, TrainingPlan]) -> None:
+def train_worker(plan: TrainingPlan, reports: Reports) -> None:
     """Train as one worker of a Ray Train run.
 
     Args:
-        config: the plan under the key `plan`.
+        plan: what to train.
+        reports: receives the steps.
 
     Raises:
-        CtcRayError: what `train` raises; also left in `error.json`, and a restarted worker that finds it ends at once, since
-            our own errors would only come again.
+        CtcRayError: what `train` raises.
     """
-    plan = config["plan"]
-    if (plan.state / ERROR_FILE).exists():
-        return
-    try:
-        _train(plan)
-    except CtcRayError as error:
-        reported = {"kind": type(error).__name__, "message": str(error)}
-        write_atomic(plan.state / ERROR_FILE, json.dumps(reported).encode())
-        raise
-
-
-def _train(plan: TrainingPlan) -> None:
     device = ray_torch.get_device()
     if device.type == "cpu":
         # Ray counts logical processors; more threads than processors only wait for each other.
         torch.set_num_threads(min(plan.num_threads, os.cpu_count() or 1))
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
-    status = _Status(plan.state / STATUS_FILE)
 
     def on_step(step: int, loss: float) -> None:
         if first:
-            status.write(step, loss, last=step == plan.schedule.steps)
+            reports.step(step, f"step {step}, loss {loss:.3f}", now=step == plan.schedule.steps)
 
     train(
         plan.read(plan.pairs),
@@ -112,17 +91,3 @@ def _train(plan: TrainingPlan) -> None:
         # Every rank reports equally often; the weights themselves lie in the output folder already.
         on_checkpoint=lambda step: ray.train.report({"step": step}),
     )
-
-
-class _Status:
-    """Leaves step and loss for the driver's progress bar, about once a second."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._written = 0.0
-
-    def write(self, step: int, loss: float, *, last: bool) -> None:
-        now = time.monotonic()
-        if last or now - self._written >= _STATUS_INTERVAL_S:
-            self._written = now
-            write_atomic(self._path, json.dumps({"step": step, "loss": loss}).encode())
