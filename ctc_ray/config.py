@@ -219,8 +219,11 @@ class PretrainConfig(Section):
     """Count of a saturated pixel; null: 255 for 8 bit, 4,095 for 16 bit (12-bit cameras store their counts so)."""
     seed: int = 42
     """Seed of weights, order and views."""
-    num_workers: Count = 2
-    """Training processes; part of the identity, since batch statistics are per worker."""
+    num_workers: Count = operational(2)
+    """Training processes that share each batch. A run may be continued with another number: views, order and batch statistics are
+    drawn per worker, so that runs equal each other exactly on one worker only."""
+    min_workers: Count = operational(1)
+    """The fewest workers with which a run starts, or goes on where the cluster lost room for the others."""
     data: Literal["resident", "streaming"] = "resident"
     """`resident`: each worker holds its share of the crops, and a resumed run equals an uninterrupted one; `streaming`: Ray
     Data streams them, and a resumed run starts its epoch again."""

@@ -1,14 +1,18 @@
-"""Runs a stage in a process of its own and kills it with SIGKILL as soon as a file appears."""
+"""Runs stages that lose their driver or a worker half way, as clusters do."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
 
 _SCRIPT = """
 import sys
@@ -52,3 +56,44 @@ def run_and_kill(
             process.send_signal(signal.SIGKILL)
         process.wait()
         time.sleep(3.0)  # its workers notice and end; they may still finish a write, as on a real cluster
+
+
+def training_workers() -> list[psutil.Process]:
+    """Training processes of the cluster that this process started, and of no other."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended while we looked
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def done_to_workers(
+    act: Callable[[psutil.Process], object], when: Callable[[], bool], *, timeout_s: float = 400.0
+) -> Iterator[list[int]]:
+    """While the block runs, do something to every training worker as soon as there is a sign of half-done work.
+
+    Yields:
+        The process ids that it was done to, filled in meanwhile.
+    """
+    done: list[int] = []
+    stop = threading.Event()
+    deadline = time.monotonic() + timeout_s
+
+    def watch() -> None:
+        while not stop.wait(0.02) and time.monotonic() < deadline:
+            if when() and (workers := training_workers()):
+                for worker in workers:
+                    with contextlib.suppress(psutil.Error):  # it ended at this very moment
+                        act(worker)
+                        done.append(worker.pid)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        stop.set()
+        thread.join()

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: tensors as safetensors, the rest as JSON, never pickle.
 
 A checkpoint is two files, `step-<n>.safetensors` and `step-<n>.json`. Each is written atomically and the JSON, which
-holds the digest of the tensors, comes last: a checkpoint without its JSON does not exist. Older ones are removed only
-after a newer one is whole, so a full disk costs the new checkpoint and never the old.
+holds the digests of the tensors and of itself, comes last: a checkpoint without its JSON does not exist. Older ones are
+removed only after a newer one is whole, so a full disk costs the new checkpoint and never the old.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from ctc_ray.errors import WeightsError
+from ctc_ray.errors import MissingInputError, WeightsError
 from ctc_ray.storage import Store
 
 FORMAT: Final = 1
@@ -66,7 +66,14 @@ class CheckpointFolder:
 
         Raises:
             OSError: it cannot be written (a full disk, say); earlier checkpoints are intact.
+            WeightsError: a tensor is not finite, and every run that continued from it would fail; earlier ones are intact.
         """
+        broken = sorted(name for name, value in tensors.items() if not bool(torch.isfinite(value).all()))
+        if broken:
+            raise WeightsError(
+                f"{len(broken)} tensors are not finite at step {step} ({broken[0]}): lower pretrain.learning_rate "
+                "(the checkpoint before is intact)"
+            )
         data = safetensors.torch.save(dict(tensors))
         description = {
             "format": FORMAT,
@@ -76,8 +83,13 @@ class CheckpointFolder:
             "sha256": hashlib.sha256(data).hexdigest(),
             "details": dict(details),
         }
+        description["description_sha256"] = _digest(description)
         self.store.write_bytes(self._path(step, "safetensors"), data)
-        self.store.write_bytes(self._path(step, "json"), json.dumps(description).encode())
+        try:
+            self.store.write_bytes(self._path(step, "json"), json.dumps(description).encode())
+        except OSError:
+            self.store.delete(self._path(step, "safetensors"))  # without their JSON they would only take the room
+            raise
         for old in self.steps()[: -self.keep]:
             self.store.delete(self._path(old, "json"))
             self.store.delete(self._path(old, "safetensors"))
@@ -101,22 +113,30 @@ class CheckpointFolder:
         remedy = f"delete {where} to continue from the checkpoint before it"
         try:
             description = json.loads(self.store.read_bytes(self._path(step, "json")))
-            expected, identity = description["sha256"], description["identity"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            # Checkpoints of earlier versions have no digest of their description.
+            if description.pop("description_sha256", None) not in (None, _digest(description)):
+                raise ValueError("its digest differs")
+            expected, identity, details = description["sha256"], description["identity"], dict(description["details"])
+            if description["format"] != FORMAT or description["step"] != step:
+                raise ValueError(f"it says format {description['format']}, step {description['step']}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"checkpoint {where} is damaged ({error}): {remedy}") from error
         if identity != self.identity:
             raise WeightsError(
                 f"checkpoint {where} belongs to another run (identity {identity}, this run is {self.identity}): "
                 "use --force to start afresh, or restore the settings it was made with"
             )
-        data = self.store.read_bytes(self._path(step, "safetensors"))
+        try:
+            data = self.store.read_bytes(self._path(step, "safetensors"))
+        except MissingInputError as error:
+            raise WeightsError(f"checkpoint {where}: its tensors are gone: {remedy}") from error
         if hashlib.sha256(data).hexdigest() != expected:
             raise WeightsError(f"checkpoint {where}: its tensors are damaged (digest differs): {remedy}")
         try:
             tensors = safetensors.torch.load(data)
         except safetensors.SafetensorError as error:
             raise WeightsError(f"checkpoint {where}: its tensors are damaged ({error}): {remedy}") from error
-        return Checkpoint(int(description["step"]), tensors, dict(description["details"]))
+        return Checkpoint(step, tensors, details)
 
     def clear(self) -> None:
         """Remove all checkpoints."""
@@ -124,3 +144,7 @@ class CheckpointFolder:
 
     def _path(self, step: int, suffix: str) -> str:
         return f"{self.folder}/{_PREFIX}{step:08d}.{suffix}"
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from ctc_ray import errors
 from ctc_ray.config import PretrainConfig
-from ctc_ray.errors import CtcRayError, ResourceError, SchemaError
+from ctc_ray.errors import CtcRayError, SchemaError, named_error
 from ctc_ray.pretrain.intensity import check_counts, fraction_histogram, stored_full_scale
 from ctc_ray.pretrain.precision import Resolved, default_device, resolve_precision
 from ctc_ray.pretrain.slices import SLICE_ROWS, read_slice, slices_of
@@ -96,11 +95,3 @@ def _outcome(value: Any) -> tuple[Any, str]:
     if isinstance(first, str):
         raise named_error(first, second)
     return first, second
-
-
-def named_error(kind: str, message: str) -> CtcRayError:
-    """Our own error of a kind that was reported by name."""
-    named = getattr(errors, kind, None)
-    if isinstance(named, type) and issubclass(named, CtcRayError):
-        return named(message)
-    return ResourceError(message)

@@ -6,11 +6,25 @@ Shape letters: T teacher views, B crops, K prototypes, D embedding width.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import Final, Literal
 
 import torch
 
 from ctc_ray.pretrain.schedules import StepValues
+
+Collapse = Literal["features", "one-hot", "uniform"]
+
+FEATURE_RANK_FLOOR: Final = 1.5
+"""Features whose effective rank lies below have collapsed: they vary along one direction, if at all."""
+PROTOTYPES_FLOOR: Final = 1.5
+"""A teacher whose mean probabilities spread over fewer prototypes (exponential of the marginal entropy) is one-hot: it gives
+all crops the same one."""
+UNIFORM_SHARE: Final = 0.995
+"""A teacher whose mean entropy exceeds this share of ln K is uniform: it tells no crop from another."""
+PATIENCE_STEPS: Final = 25
+"""Steps in a row that must show one kind of collapse before it is called one: single batches may."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,52 @@ def effective_rank(features_BD: torch.Tensor) -> float:
         return 0.0
     share = singular / total
     return float(torch.exp(torch.special.entr(share).sum()))
+
+
+class CollapseMonitor:
+    """Watches a run's steps for the three ways in which DINO collapses.
+
+    Args:
+        prototypes: K of the run.
+        grace_steps: steps at the start in which a uniform teacher is none: as long as all crops look alike to a random
+            network, centring leaves nothing of its logits.
+    """
+
+    def __init__(self, prototypes: int, *, grace_steps: int = 0) -> None:
+        self._uniform_nats = UNIFORM_SHARE * math.log(prototypes)
+        self._grace_steps = grace_steps
+        self._streak: Counter[Collapse] = Counter()
+        self._warned: set[Collapse] = set()
+
+    def see(self, row: StepMetrics) -> tuple[Collapse | None, str | None]:
+        """Judge a step.
+
+        Returns:
+            The kind of collapse that this and the `PATIENCE_STEPS - 1` steps before it show, or None; and a warning the
+            first time that a kind is seen, else None.
+        """
+        signs: dict[Collapse, bool] = {
+            "features": row.feature_rank < FEATURE_RANK_FLOOR,
+            "one-hot": math.exp(row.marginal_entropy) < PROTOTYPES_FLOOR,
+            "uniform": row.step > self._grace_steps and row.teacher_entropy > self._uniform_nats,
+        }
+        for kind, shown in signs.items():
+            self._streak[kind] = self._streak[kind] + 1 if shown else 0
+        found = next((kind for kind in signs if self._streak[kind] >= PATIENCE_STEPS), None)
+        if found is None or found in self._warned:
+            return found, None
+        self._warned.add(found)
+        return (
+            found,
+            f"at step {row.step} {_WHAT[found].format(row=row)}; lower the learning rate, or raise the batch size",
+        )
+
+
+_WHAT: Final[dict[Collapse, str]] = {
+    "features": "the features have collapsed to one direction (effective rank {row.feature_rank:.2f})",
+    "one-hot": "the teacher gives all crops the same prototype (marginal entropy {row.marginal_entropy:.3f} nats)",
+    "uniform": "the teacher gives all crops all prototypes alike (entropy {row.teacher_entropy:.3f} nats)",
+}
 
 
 @torch.no_grad()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctc_ray.errors import SchemaError
+from ctc_ray.schema import unpack_pixels
 from ctc_ray.storage import Store
 
 SLICE_ROWS: Final = 2000
@@ -41,6 +45,60 @@ def slices_of(shards: dict[str, int], slice_rows: int) -> list[Slice]:
         for shard, rows in shards.items()
         for start in range(0, rows, slice_rows)
     ]
+
+
+_SPANS_OF_A_WORKER: Final = 16
+_SPAN_ROWS: Final = 256
+
+
+def share_of(shards: dict[str, int], rank: int, size: int) -> list[Slice]:
+    """The slices of one worker, spread over all shards so that no worker sees a few patients alone.
+
+    Args:
+        shards: path -> rows.
+        rank: of the worker, 0..size-1.
+        size: number of workers; their shares cover every row once, and are even to within a row for each span of them.
+    """
+    total = sum(shards.values())
+    spans = size * int(np.clip(total // (size * _SPAN_ROWS), 1, _SPANS_OF_A_WORKER))
+    own = [(span * total // spans, (span + 1) * total // spans) for span in range(rank, spans, size)]
+    parts: list[Slice] = []
+    first = 0
+    for shard, rows in shards.items():
+        for start, stop in own:
+            low, high = max(start - first, 0), min(stop - first, rows)
+            parts += [Slice(shard, at, min(at + SLICE_ROWS, high)) for at in range(low, high, SLICE_ROWS)]
+        first += rows
+    return parts
+
+
+def read_crops(store: Store, parts: Sequence[Slice]) -> npt.NDArray[Any]:
+    """Read the crops of some slices into one array, in the order of their `cell_id`.
+
+    Returns:
+        (N, C, H, W) uint8 or uint16 counts; memory for one slice is needed beside them.
+
+    Raises:
+        SchemaError: a shard is damaged, its crops are not counts, or slices hold crops of two kinds.
+    """
+    ids = [read_slice(store, part, ["cell_id"])["cell_id"].to_numpy(zero_copy_only=False) for part in parts]
+    place = np.empty(sum(map(len, ids)), np.int64)
+    place[np.argsort(np.concatenate([*ids, np.empty(0, object)]), kind="stable")] = np.arange(len(place))
+    crops: npt.NDArray[Any] | None = None
+    first = 0
+    for part in parts:
+        table = read_slice(store, part, ["pixels"])
+        own = unpack_pixels(table["pixels"], table.schema.field("pixels"))
+        if crops is None:
+            crops = np.empty((len(place), *own.shape[1:]), own.dtype)
+        if own.shape[1:] != crops.shape[1:] or own.dtype != crops.dtype:
+            raise SchemaError(
+                f"{store.describe(part.shard)} holds crops of {own.dtype} {own.shape[1:]}, the shards before it "
+                f"{crops.dtype} {crops.shape[1:]}: segment all pretraining patients with one channel map"
+            )
+        crops[place[first : first + len(own)]] = own
+        first += len(own)
+    return np.empty((0, 1, 1, 1), np.uint8) if crops is None else crops
 
 
 def read_slice(store: Store, part: Slice, columns: list[str]) -> pa.Table:

@@ -10,7 +10,7 @@ import polars as pl
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import PretrainConfig, RunConfig
-from ctc_ray.errors import MissingInputError, ResourceError, RoleLeakError
+from ctc_ray.errors import MissingInputError, ResourceError, RoleLeakError, SchemaError
 from ctc_ray.pretrain.encoder import (
     DEFAULT_FOLDER,
     EncoderSpec,
@@ -21,19 +21,17 @@ from ctc_ray.pretrain.encoder import (
     load_strictly,
     read_folder,
 )
+from ctc_ray.pretrain.event_files import encode_events, event_file_name
 from ctc_ray.pretrain.imports import encode_published
 from ctc_ray.pretrain.intensity import (
     IntensityRule,
     constants_from_histogram,
     stored_full_scale,
 )
-from ctc_ray.pretrain.launch import check_resources, fit, watched
+from ctc_ray.pretrain.launch import check_resources, fit
 from ctc_ray.pretrain.measure import measure_intensities, worker_precision
 from ctc_ray.pretrain.settings import settings_of
-from ctc_ray.pretrain.worker import (
-    RunPlan,
-    plan_to_json,
-)
+from ctc_ray.pretrain.worker import TENSORBOARD, RunPlan, initial_weights, plan_to_json
 from ctc_ray.progress import Progress
 from ctc_ray.records import (
     PlanRow,
@@ -48,6 +46,7 @@ from ctc_ray.records import (
     require_fresh,
     state_of,
 )
+from ctc_ray.storage import Store
 
 STAGE = "pretrain"
 _PLAN_FILE = "plan.json"
@@ -89,7 +88,9 @@ def run_pretrain(config: RunConfig, cohort: Cohort, *, force: bool = False, prog
         StaleOutputError: another encoder has the name, without `force`.
         SchemaError: too few crops, or crops that are constant.
         ResourceError: the cluster has too few processors, or its workers kept failing.
-        WeightsError: a damaged checkpoint, or a loss that is not finite.
+        WeightsError: a damaged checkpoint, a loss that is not finite, or a shipped encoder of another architecture or number
+            of channels.
+        StorageError: a checkpoint cannot be written; the one before is intact.
     """
     started = time.monotonic()
     section = config.pretrain
@@ -104,28 +105,11 @@ def run_pretrain(config: RunConfig, cohort: Cohort, *, force: bool = False, prog
     plan = _plan(section, cohort, folder, identity, shards, progress)
     steps_before = max(plan.checkpoints().steps(), default=0)
     settings = settings_of(section, channels=plan.channels, precision=plan.precision)
-    check_resources(section, settings.batch_size, sum(shards.values()))
+    workers = check_resources(section, settings.batch_size, sum(shards.values()))
+    initial_weights(section, plan.channels)  # here, since it needs no worker to say that they do not fit
     if steps_before < settings.steps:
-        with watched(plan, settings.steps, steps_before, progress):
-            fit(plan, shards)
-    counts = {
-        "steps": settings.steps,
-        "cells": sum(shards.values()),
-        "patients": sum(name.startswith("cells/") for name in inputs),
-    }
-    record = Record(
-        stage=STAGE,
-        unit=section.encoder_id,
-        identity=identity,
-        config=_settings(section),
-        inputs=inputs,
-        counts=counts,
-        seconds=time.monotonic() - started,
-        units_computed=settings.steps - steps_before,
-        units_reused=steps_before,
-    )
-    publish(cohort.store, folder, _published_files(plan, list(inputs)), record)
-    cohort.store.delete_folder(f"{folder}/_train")
+        fit(plan, workers, settings.steps, steps_before, progress)
+    counts = _publish(plan, inputs, settings.steps, steps_before, started, progress)
     computed = settings.steps - steps_before
     return _result(cohort, folder, counts, computed=computed, reused=steps_before, started=started)
 
@@ -243,7 +227,12 @@ def _plan(
     path = f"{run_folder}/{_PLAN_FILE}"
     if cohort.store.exists(path):
         known = cohort.store.read_json(path)
-        return RunPlan(cohort.store, run_folder, section=section, **known)
+        try:
+            return RunPlan(cohort.store, run_folder, section=section, shards=shards, **known)
+        except TypeError as error:
+            raise SchemaError(
+                f"{cohort.store.describe(path)} is no plan of a run ({error}): delete it and run again"
+            ) from error
     counts, dtype = measure_intensities(section, cohort.store, shards, progress)
     if section.preset == "paper":
         rule = IntensityRule("reference")
@@ -257,6 +246,7 @@ def _plan(
         folder=run_folder,
         identity=identity,
         section=section,
+        shards=shards,
         rule=rule.to_json(),
         channels=len(counts),
         full_scale=stored_full_scale(dtype, section.full_scale),
@@ -266,7 +256,42 @@ def _plan(
     return plan
 
 
-def _published_files(plan: RunPlan, inputs: list[str]) -> dict[str, Any]:
+def _publish(
+    plan: RunPlan, inputs: dict[str, str], steps: int, steps_before: int, started: float, progress: Progress
+) -> dict[str, int]:
+    """Publish the encoder of a finished run and remove the run's state; returns the record's counts."""
+    store, section = plan.store, plan.section
+    folder = plan.folder.split("/_train/", maxsplit=1)[0]
+    files, metrics = _published_files(plan, list(inputs))
+    counts = {
+        "steps": steps,
+        "cells": sum(plan.shards.values()),
+        "patients": sum(name.startswith("cells/") for name in inputs),
+        "collapsed_steps": metrics.filter(pl.col("collapse") != "").height,
+    }
+    if counts["collapsed_steps"]:
+        progress.say(
+            f"  WARNING: encoder {section.encoder_id}: {counts['collapsed_steps']} of the {metrics.height} measured steps show a "
+            f"collapse (column `collapse` of {store.describe(folder)}/metrics.parquet): do not trust its embeddings"
+        )
+    record = Record(
+        stage=STAGE,
+        unit=section.encoder_id,
+        identity=plan.identity,
+        config=_settings(section),
+        inputs=inputs,
+        counts=counts,
+        seconds=time.monotonic() - started,
+        units_computed=steps - steps_before,
+        units_reused=steps_before,
+    )
+    _write_events(store, folder, metrics)
+    publish(store, folder, files, record)
+    store.delete_folder(f"{folder}/_train")
+    return counts
+
+
+def _published_files(plan: RunPlan, inputs: list[str]) -> tuple[dict[str, Any], pl.DataFrame]:
     """Encoder files and metrics from the last checkpoint: the teacher's backbone is the encoder."""
     found = plan.checkpoints().latest()
     settings = settings_of(plan.section, channels=plan.channels, precision=plan.precision)
@@ -275,6 +300,7 @@ def _published_files(plan: RunPlan, inputs: list[str]) -> dict[str, Any]:
         raise ResourceError(
             f"training ended at step {at} of {settings.steps} without an error: run again to continue from there"
         )
+    metrics = pl.DataFrame(found.details["metrics"], infer_schema_length=None)
     prefix = "teacher.backbone."
     state = {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
     input_px = settings.input_px if settings.preset == "paper" else settings.geometry.global_px
@@ -291,6 +317,7 @@ def _published_files(plan: RunPlan, inputs: list[str]) -> dict[str, Any]:
             "preset": settings.preset,
             "init": plan.section.init,
             "steps": found.step,
+            "workers": sorted(metrics["workers"].unique().to_list()),
             "inputs": inputs,
             "precision": plan.precision,
             "full_scale": plan.full_scale,
@@ -299,5 +326,12 @@ def _published_files(plan: RunPlan, inputs: list[str]) -> dict[str, Any]:
         },
     )
     files, _ = encode_encoder(backbone, spec)
-    metrics = pl.DataFrame(found.details["metrics"]).to_arrow()
-    return {**files, "metrics.parquet": metrics}
+    return {**files, "metrics.parquet": metrics.to_arrow()}, metrics
+
+
+def _write_events(store: Store, folder: str, metrics: pl.DataFrame) -> None:
+    """One event file of the whole run, in place of those of another; outside the record, so that it may be deleted."""
+    events = f"{folder}/{TENSORBOARD}"
+    store.delete_folder(events)
+    rows = metrics.to_dicts()
+    store.write_bytes(f"{events}/{event_file_name(rows[-1]['step'])}", encode_events(rows))

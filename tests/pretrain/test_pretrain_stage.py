@@ -7,31 +7,25 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import safetensors.numpy
 from cells_cohort import add_patient, small_cohort
-from killed_run import run_and_kill
+from small_runs import SMALL
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig, load_config
-from ctc_ray.errors import ConfigError, MissingInputError, RoleLeakError, SchemaError, StaleOutputError
+from ctc_ray.errors import (
+    ConfigError,
+    MissingInputError,
+    ResourceError,
+    RoleLeakError,
+    SchemaError,
+    StaleOutputError,
+    WeightsError,
+)
 from ctc_ray.pretrain.stage import import_encoder, plan_pretrain, run_pretrain
 from ctc_ray.progress import Progress
-from ctc_ray.records import State, read_record
+from ctc_ray.records import State
 
 ROLES = {"007": "pretrain", "12": "pretrain", "Müller 3": "train"}
-SMALL = [
-    "pretrain.architecture=resnet10t",
-    "pretrain.init=random",
-    "pretrain.image_size_px=32",
-    "pretrain.local_size_px=16",
-    "pretrain.num_local_views=1",
-    "pretrain.batch_size=4",
-    "pretrain.prototypes=32",
-    "pretrain.head_hidden=16",
-    "pretrain.head_bottleneck=8",
-    "pretrain.precision=fp32",
-    "pretrain.checkpoint_every=2",
-]
 
 
 def _config(*overrides: str) -> RunConfig:
@@ -41,10 +35,6 @@ def _config(*overrides: str) -> RunConfig:
 def _run(config: RunConfig, cohort: Cohort, *, force: bool = False) -> tuple[int, int]:
     result = run_pretrain(config, cohort, force=force, progress=Progress(quiet=True))
     return result.units_computed, result.units_reused
-
-
-def _weights(cohort: Cohort) -> dict[str, np.ndarray]:
-    return dict(safetensors.numpy.load(cohort.store.read_bytes("encoders/dino/encoder.safetensors")))
 
 
 def test_plan_without_roles_says_so(tmp_path: Path) -> None:
@@ -101,7 +91,12 @@ def test_two_workers_publish_an_encoder_and_a_second_run_reuses_it(ray_cluster: 
     rule = cohort.store.read_json("encoders/dino/encoder.json")["intensity"]
     assert all(0 < low < high <= 1 for low, high in zip(rule["low"], rule["high"], strict=True))
     metrics = pl.from_arrow(cohort.store.read_table("encoders/dino/metrics.parquet"))
+    assert isinstance(metrics, pl.DataFrame)
     assert metrics["step"].to_list() == [1, 2, 3, 4, 5, 6]
+    assert metrics["workers"].to_list() == [2] * 6
+    assert record.counts["collapsed_steps"] == metrics.filter(pl.col("collapse") != "").height
+    (events,) = cohort.store.list_files("encoders/dino/tensorboard")
+    assert events.endswith("tfevents.0000000006")
     assert _run(config, cohort) == (0, 6)
     assert plan_pretrain(config, cohort)[0].state is State.COMPLETE
 
@@ -134,30 +129,16 @@ def test_streaming_data_trains_to_the_last_step(ray_cluster: None, tmp_path: Pat
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_killed_training_continues_and_equals_uninterrupted(tmp_path: Path, ray_cluster: None) -> None:
-    whole, killed = (small_cohort(tmp_path / name, ROLES) for name in ("whole", "killed"))
-    overrides = [*SMALL, "pretrain.steps=60", "pretrain.num_workers=1"]
-    state = tmp_path / "killed" / "encoders" / "dino" / "_train"
-    assert run_and_kill("pretrain", tmp_path / "killed", overrides, lambda: any(state.glob("*/checkpoints/*.json")))
-    assert read_record(killed.store, "encoders/dino") is None
-    config = load_config(None, overrides)
-    computed, reused = _run(config, killed)
-    assert computed > 0
-    assert reused > 0
-    assert computed + reused == 60
-    assert _run(config, whole) == (60, 0)
-    left, right = _weights(whole), _weights(killed)
-    assert all(np.array_equal(left[name], right[name]) for name in left)
-
-
-@pytest.mark.ray
 def test_bad_input_raises_before_training(ray_cluster: None, tmp_path: Path) -> None:
     cohort = small_cohort(tmp_path / "few", ROLES, cells=1)
     with pytest.raises(SchemaError, match="fewer than one batch"):
         _run(_config(), cohort)
-    with pytest.raises(ConfigError, match="does not divide"):
+    with pytest.raises(ConfigError, match="gives 3 workers fewer than 2 crops"):
         _run(_config("pretrain.num_workers=3"), cohort)
+    with pytest.raises(ConfigError, match=r"pretrain\.min_workers 2 is more"):
+        _run(_config("pretrain.min_workers=2", "pretrain.batch_size=2"), cohort)
+    with pytest.raises(ResourceError, match=r"0 GPUs.*pretrain\.use_gpu=false"):
+        _run(_config("pretrain.use_gpu=true", "pretrain.batch_size=2"), cohort)
     blank = small_cohort(tmp_path / "blank", ROLES, cells=4)
     for patient in ("007", "12"):
         add_patient(blank, patient, np.full((8, 3, 48, 48), 9, np.uint8))
@@ -168,3 +149,19 @@ def test_bad_input_raises_before_training(ray_cluster: None, tmp_path: Path) -> 
         add_patient(wide, patient, np.full((8, 3, 48, 48), 60_000, np.uint16))
     with pytest.raises(SchemaError, match=r"pretrain\.full_scale"):
         _run(_config(), wide)
+    # Counts are whole numbers, so that no pixel is NaN; a table of other numbers is refused.
+    for patient in ("007", "12"):
+        add_patient(wide, patient, np.full((8, 3, 48, 48), np.nan, np.float32))
+    with pytest.raises(SchemaError, match="float32, expected uint8 or uint16"):
+        _run(_config(), wide)
+
+
+@pytest.mark.ray
+def test_shipped_encoder_is_not_continued_on_cells_of_four_channels(ray_cluster: None, tmp_path: Path) -> None:
+    cohort = small_cohort(tmp_path / "c", ROLES, cells=4)
+    crops = np.random.default_rng(0).integers(0, 255, (8, 4, 48, 48)).astype(np.uint8)
+    for patient in ("007", "12"):
+        add_patient(cohort, patient, crops)
+    config = load_config(None, ["pretrain.batch_size=4", "pretrain.num_workers=1", "pretrain.precision=fp32"])
+    with pytest.raises(WeightsError, match=r"takes 3 channels.*have 4: set pretrain\.init=random"):
+        _run(config, cohort)
