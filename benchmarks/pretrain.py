@@ -125,8 +125,10 @@ def matrix_flops(device: torch.device, precision: str) -> float:
     return 2.0 * side**3 / min(seconds)
 
 
-def measure_step(settings: DinoSettings, crops: Crops, device: torch.device, rounds: int, loaders: int) -> Any:
-    """Full steps, their parts, forward and backward alone, and the reference's loop."""
+def measure_step(
+    settings: DinoSettings, crops: Crops, device: torch.device, *, rounds: int, loaders: int, compiled: bool
+) -> Any:
+    """Full steps, their parts, forward and backward alone, and the reference's loop; on request compiled steps too."""
     batch = settings.batch_size
     source = ResidentCrops(crops, batch_size=batch, seed=0, device=device)
     marker = trainer_of(settings, device)
@@ -144,33 +146,53 @@ def measure_step(settings: DinoSettings, crops: Crops, device: torch.device, rou
         "full step, paper": lambda: paper.train_step(source.batch(paper.step)),
         "reference's loop": reference.step,
     }
+    if compiled:
+        ways["full step, marker, torch.compile"], warmup_s = compiled_step(settings, source, device)
     seconds = alternate(ways, rounds, device)
     parts = [split_step(marker, source) for _ in range(rounds)]
-    with FlopCounterMode(display=False) as counter:
-        marker.train_step(source.batch(marker.step))
-    peak = matrix_flops(device, settings.precision)
     per_step = statistics.median(seconds["full step, marker"])
-    report: dict[str, Any] = {
-        "batch": batch,
-        "prototypes": settings.prototypes,
-        "precision": settings.precision,
-        "loader_processes_of_reference": loaders,
-        "crops_per_second": {name: batch / statistics.median(runs) for name, runs in seconds.items()},
+    report: dict[str, Any] = {"batch": batch, "prototypes": settings.prototypes, "precision": settings.precision}
+    report |= {"loader_processes_of_reference": loaders}
+    report |= {"crops_per_second": {name: batch / statistics.median(runs) for name, runs in seconds.items()}}
+    report |= {
         "part_ms_per_crop": {name: 1e3 / batch * statistics.median(part[name] for part in parts) for name in parts[0]},
         "share_of_forward_backward": ratio(seconds["forward and backward alone"], seconds["full step, marker"]),
         "paper_over_reference": ratio(seconds["reference's loop"], seconds["full step, paper"]),
         "marker_over_reference": ratio(seconds["reference's loop"], seconds["full step, marker"]),
-        "gflop_per_crop": counter.get_total_flops() / batch / 1e9,
-        "matrix_product_tflops": peak / 1e12,
-        "share_of_matrix_product": counter.get_total_flops() / per_step / peak,
-        "hours_of_30000_steps": RUN_STEPS * per_step / 3600,
     }
+    report |= share_of_peak(marker, source, per_step)
+    if compiled:
+        faster = ratio(seconds["full step, marker"], seconds["full step, marker, torch.compile"])
+        report |= {"compile_warmup_s": warmup_s, "compiled_over_plain": faster}
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        nominal = next((flops for board, flops in _NOMINAL_BF16.items() if board in name), None)
-        report["share_of_nominal_bf16"] = nominal and counter.get_total_flops() / per_step / nominal
         report["published_size"] = measure_published_size(crops, device, settings.precision)
     return report
+
+
+def share_of_peak(trainer: DinoTrainer, source: ResidentCrops, seconds: float) -> dict[str, float]:
+    """Arithmetic of a step that takes so many seconds, beside what the machine can do, and the time of a long run."""
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step(source.batch(trainer.step))
+    flops = counter.get_total_flops()
+    peak = matrix_flops(trainer.device, trainer.settings.precision)
+    found = {"gflop_per_crop": flops / trainer.settings.batch_size / 1e9, "matrix_product_tflops": peak / 1e12}
+    found |= {"share_of_matrix_product": flops / seconds / peak, "hours_of_30000_steps": RUN_STEPS * seconds / 3600}
+    if trainer.device.type == "cuda":
+        name = torch.cuda.get_device_name(trainer.device)
+        for board, nominal in _NOMINAL_BF16.items():
+            if board in name:
+                found["share_of_nominal_bf16"] = flops / seconds / nominal
+    return found
+
+
+def compiled_step(settings: DinoSettings, source: ResidentCrops, device: torch.device) -> tuple[Run, float]:
+    """A step whose backbones `torch.compile` has translated, and the seconds of its first."""
+    trainer = trainer_of(settings, device)
+    for network in (trainer.student, trainer.teacher):
+        network.backbone.compile(dynamic=False)  # in place: the weights keep their names
+    started = now(device)
+    trainer.train_step(source.batch(trainer.step))
+    return lambda: trainer.train_step(source.batch(trainer.step)), now(device) - started
 
 
 def measure_published_size(crops: Crops, device: torch.device, precision: Any) -> dict[str, float]:
@@ -287,6 +309,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--loaders", type=int, default=None, help="of the reference's loop; 0 on CPU, 3 on CUDA")
+    parser.add_argument("--compile", action="store_true", help="measure steps under torch.compile too")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -297,7 +320,9 @@ def main() -> None:
     crops = drawn.astype(np.uint8, copy=False)
     loaders = arguments.loaders if arguments.loaders is not None else (3 if device.type == "cuda" else 0)
     measures: dict[str, Run] = {
-        "step": lambda: measure_step(settings, crops, device, arguments.rounds, loaders),
+        "step": lambda: measure_step(
+            settings, crops, device, rounds=arguments.rounds, loaders=loaders, compiled=arguments.compile
+        ),
         "views": lambda: measure_views(crops, device, arguments.rounds, arguments.batch),
         "workers": lambda: measure_workers(settings, arguments.rounds),
         "head": lambda: measure_head(settings, crops, device, min(arguments.rounds, 3)),
