@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
-from cells_cohort import add_patient, small_cohort
+from cells_cohort import add_patient, cells_table, small_cohort
 from small_runs import SMALL
 
 from ctc_ray.cohort import Cohort
@@ -23,7 +24,7 @@ from ctc_ray.errors import (
 )
 from ctc_ray.pretrain.stage import import_encoder, plan_pretrain, run_pretrain
 from ctc_ray.progress import Progress
-from ctc_ray.records import State
+from ctc_ray.records import Record, State, identity_of, publish
 
 ROLES = {"007": "pretrain", "12": "pretrain", "Müller 3": "train"}
 
@@ -149,11 +150,20 @@ def test_bad_input_raises_before_training(ray_cluster: None, tmp_path: Path) -> 
         add_patient(wide, patient, np.full((8, 3, 48, 48), 60_000, np.uint16))
     with pytest.raises(SchemaError, match=r"pretrain\.full_scale"):
         _run(_config(), wide)
-    # Counts are whole numbers, so that no pixel is NaN; a table of other numbers is refused.
+    # Counts are whole numbers, so that no pixel is NaN; a table of other numbers, which ours never are, is refused.
     for patient in ("007", "12"):
-        add_patient(wide, patient, np.full((8, 3, 48, 48), np.nan, np.float32))
+        _add_float_crops(wide, patient, np.full((8, 3, 48, 48), np.nan, np.float32))
     with pytest.raises(SchemaError, match="float32, expected uint8 or uint16"):
         _run(_config(), wide)
+
+
+def _add_float_crops(cohort: Cohort, patient: str, crops: np.ndarray) -> None:
+    field = pa.field("pixels", pa.binary(crops[0].nbytes), metadata={"shape": "[3, 48, 48]", "dtype": "float32"})
+    pixels = pa.FixedSizeBinaryArray.from_buffers(field.type, len(crops), [None, pa.py_buffer(crops)])
+    table = cells_table(patient, np.zeros(crops.shape, np.uint8))
+    table = table.set_column(table.column_names.index("pixels"), field, pixels)
+    record = Record("segment", patient, identity_of("segment", {"digest": "float"}, {}), {}, {})
+    publish(cohort.store, cohort.cells(patient), {"part-000.parquet": table}, record)
 
 
 @pytest.mark.ray
