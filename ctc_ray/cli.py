@@ -138,20 +138,76 @@ def import_encoder(
 @app.command()
 def similar(
     cohort: CohortUri,
-    cell_ids: Annotated[list[str], typer.Argument(metavar="CELL_ID...", help="Cells to start from.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours a cell.")] = 50,
+    cell_ids: Annotated[list[str] | None, typer.Argument(metavar="CELL_ID...", help="Cells to start from.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours a cell; with --unlabelled, in all.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     patients: Patients = None,
+    clusters: Annotated[
+        str | None, typer.Option("--clusters", help="Search these clusters of the map alone: 0,3.")
+    ] = None,
+    same_cell: Annotated[
+        bool, typer.Option("--same-cell", help="Keep other detections of the same physical cell.")
+    ] = False,
+    unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--unlabelled", help="Rank the unlabelled cells in one list, like the given cells or all labelled CTCs."
+        ),
+    ] = False,
+    diversity: Annotated[
+        float, typer.Option("--diversity", min=0.0, max=1.0, help="With --unlabelled: avoid candidates alike.")
+    ] = 0.0,
+    contrast: Annotated[
+        float, typer.Option("--contrast", min=0.0, help="With --unlabelled: weight of likeness to labelled non-CTCs.")
+    ] = 0.0,
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
-    """List the cells that look most like the given ones."""
+    """List the cells that look most like the given ones, or candidates that look like the labelled CTCs."""
+    from ctc_ray.index.retrieval import more_like
     from ctc_ray.index.search import similar as search
     from ctc_ray.terminal import print_neighbours
 
-    settings = load_config(config, set_ or ())
-    found = search(settings, Cohort.open(cohort), cell_ids, k=k, patients=parse_patients(patients))
+    settings, opened = load_config(config, set_ or ()), Cohort.open(cohort)
+    chosen = parse_clusters(clusters)
+    if unlabelled:
+        found = more_like(
+            settings,
+            opened,
+            cell_ids,
+            k=k,
+            patients=parse_patients(patients),
+            clusters=chosen,
+            contrast=contrast,
+            diversity=diversity,
+        )
+    elif not cell_ids:
+        raise ConfigError("give the cells to start from, or --unlabelled to start from all labelled CTCs")
+    else:
+        found = search(
+            settings,
+            opened,
+            cell_ids,
+            k=k,
+            patients=parse_patients(patients),
+            clusters=chosen,
+            exclude_same_cell=not same_cell,
+        )
     print_neighbours(found, as_json=as_json)
+
+
+def parse_clusters(text: str | None) -> list[int] | None:
+    """Cluster numbers from `0,3`; None where none are given.
+
+    Raises:
+        ConfigError: one is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--clusters {text}: give numbers of clusters separated by commas, as 0,3") from error
 
 
 @labels_app.command("simulate")

@@ -333,6 +333,17 @@ class IndexConfig(Section):
     """Cosine: vectors are normalised and compared by inner product."""
     num_threads: Count = operational(2)
     """Threads of a search."""
+    kind: Literal["auto", "flat", "ivf", "hnsw"] = operational("auto")
+    """`flat` compares with every vector; `ivf` with those of the nearest lists; `hnsw` walks a graph (built by one task). `auto`:
+    flat up to `exact_below` cells, then ivf, and hnsw where ivf would have to read too many lists for `target_recall`."""
+    exact_below: Count = operational(60_000)
+    """Cells up to which a flat index still answers 1,000 queries/s on two cores (`benchmarks/index.py` measures it)."""
+    target_recall: Annotated[float, Field(gt=0, lt=1)] = operational(0.99)
+    """Recall of the nearest ten against the exact answer, which the number of lists read is chosen for on the data."""
+    device: Literal["auto", "cpu"] = operational("auto")
+    """`auto`: batches without a filter are searched exactly on a GPU where FAISS sees one."""
+    max_failure_fraction: Fraction = operational(0.1)
+    """Patients whose embeddings cannot be read are set aside; more than this share ends the stage."""
 
 
 class HilConfig(Section):

@@ -235,6 +235,7 @@ def index(
     cohort: CohortUri,
     config: ConfigFile = None,
     set_: Overrides = None,
+    address: Address = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -243,10 +244,9 @@ def index(
 
     _stage(
         cohort,
-        (config, set_, None, force, dry_run),
+        (config, set_, address, force, dry_run),
         lambda s: run_index(s.config, s.cohort, force=s.force, progress=s.progress),
         lambda s: plan_index(s.config, s.cohort),
-        needs_ray=False,
     )
 
 

@@ -1,4 +1,4 @@
-"""Build, extend and read a flat FAISS index. Runs without Ray."""
+"""The FAISS index: kinds, vectors as an index holds them, opening from memory-mapped files. Runs without Ray."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from ctc_ray.errors import MissingInputError, SchemaError
 from ctc_ray.storage import Store
 
 Metric = Literal["cosine", "l2"]
+Kind = Literal["flat", "ivf", "hnsw"]
 INDEX_FILE = "index.faiss"
 CELLS_FILE = "cells.parquet"
+LOOKUP_FILE = "cells.arrow"
+"""The cells of `cells.parquet` in a form that opens without being read; see `ctc_ray.index.cell_table`."""
+DESCRIPTION_FILE = "index.json"
+"""Kind, width, lists and probes, and what was measured; an index without it is flat and of version 1."""
+HNSW_NEIGHBORS = 32
+HNSW_CONSTRUCTION_DEPTH = 80
 
 
 def load_faiss() -> Any:
@@ -64,10 +71,21 @@ def prepared(vectors_ND: npt.NDArray[np.floating], metric: Metric, where: str) -
     return normalised
 
 
-def new_index(width: int, metric: Metric) -> Any:
-    """Empty exact index of vectors (., width)."""
+def new_index(width: int, metric: Metric, kind: Literal["flat", "hnsw"] = "flat") -> Any:
+    """Empty index of vectors (., width): exact, or a navigable graph."""
     faiss = load_faiss()
-    return faiss.IndexFlatIP(width) if metric == "cosine" else faiss.IndexFlatL2(width)
+    if kind == "flat":
+        return faiss.IndexFlatIP(width) if metric == "cosine" else faiss.IndexFlatL2(width)
+    index = faiss.IndexHNSWFlat(width, HNSW_NEIGHBORS, faiss_metric(metric))
+    index.hnsw.efConstruction = HNSW_CONSTRUCTION_DEPTH
+    return index
+
+
+def faiss_metric(metric: Metric) -> int:
+    """FAISS's number of a metric."""
+    faiss = load_faiss()
+    number: int = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+    return number
 
 
 def serialise(index: Any) -> bytes:
@@ -87,16 +105,46 @@ def open_index(store: Store, path: str) -> Any:
     if not store.exists(path):
         raise MissingInputError(f"{store.describe(path)} does not exist: run `ctc-ray index` first")
     try:
-        if store.is_local:
-            return faiss.read_index(str(store.local_path(path)), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
-        return faiss.deserialize_index(np.frombuffer(store.read_bytes(path), np.uint8))
+        if not store.is_local:
+            return faiss.deserialize_index(np.frombuffer(store.read_bytes(path), np.uint8))
+        return open_mapped(str(store.local_path(path)))
     except RuntimeError as error:
         raise SchemaError(
             f"{store.describe(path)} is no FAISS index: run `ctc-ray index` with --force ({error})"
         ) from error
 
 
+def open_mapped(path: str) -> Any:
+    """Open a local FAISS file without reading its vectors: the system brings in the pages that a search touches."""
+    faiss = load_faiss()
+    with open(path, "rb") as stream:
+        has_lists = stream.read(4) == b"IwFl"
+    flag = faiss.IO_FLAG_MMAP if has_lists else faiss.IO_FLAG_MMAP_IFC
+    index = faiss.read_index(path, flag | faiss.IO_FLAG_READ_ONLY)
+    if has_lists:
+        # Mapped lists start 32 threads a search to read ahead, which costs more than a search of lists in memory.
+        faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
+    return index
+
+
 def stored_vectors(index: Any) -> npt.NDArray[np.float32]:
-    """All vectors (N, D) of a flat index, as they were added."""
+    """All vectors (N, D) of an index in the order of their positions, as they were added."""
     vectors: npt.NDArray[np.float32] = index.reconstruct_n(0, index.ntotal)
     return vectors
+
+
+def vectors_at(index: Any, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Vectors (len(positions), D) of some positions."""
+    if not len(positions):
+        return np.empty((0, index.d), np.float32)
+    vectors: npt.NDArray[np.float32] = index.reconstruct_batch(np.ascontiguousarray(positions, np.int64))
+    return vectors
+
+
+def read_description(store: Store, folder: str) -> dict[str, Any]:
+    """What `index.json` says of an index; one without it is flat and of version 1."""
+    path = f"{folder}/{DESCRIPTION_FILE}"
+    if not store.exists(path):
+        return {"version": 1, "kind": "flat", "depth": None}
+    description: dict[str, Any] = store.read_json(path)
+    return description

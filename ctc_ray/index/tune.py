@@ -1,0 +1,125 @@
+"""Choose how much of an index a search reads, by the recall measured on its own vectors."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ctc_ray.index.build import vectors_at
+
+NUM_QUERIES = 256
+NEAREST = 10
+_SEED = 0
+_TIE = 1e-6
+"""Scores closer than this are one score: copies of a cell are as good as each other."""
+
+
+def recall_of(found_QK: npt.NDArray[np.float32], exact_QK: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Share of the exact nearest that each query (Q,) found, by score.
+
+    Args:
+        found_QK: similarities (larger is nearer), any order; -inf where fewer were found.
+        exact_QK: similarities of the true K nearest.
+    """
+    last = exact_QK.min(axis=1, keepdims=True)
+    hits = (found_QK >= last - _TIE).sum(axis=1)
+    return np.minimum(hits / exact_QK.shape[1], 1.0)
+
+
+def tune(index: Any, target: float, *, num_queries: int = NUM_QUERIES, seed: int = _SEED) -> dict[str, Any]:
+    """Smallest number of lists (IVF) or depth (HNSW) that reaches a recall of the nearest ten.
+
+    Args:
+        index: FAISS IndexIVFFlat, whose own answer from all lists is the truth, or IndexHNSWFlat.
+        target: recall that the mean less two standard errors has to reach.
+        num_queries: cells drawn from the index; each is left out of its own answer.
+        seed: which cells.
+
+    Returns:
+        `depth` (lists read, or efSearch), `recall_at_10`, `lower_bound`, `read_share` (share of the vectors compared; null
+        for HNSW), `queries`, and `trials`: depth, recall and milliseconds a query of everything tried.
+    """
+    rng = np.random.default_rng(seed)
+    positions = np.sort(rng.choice(index.ntotal, min(num_queries, index.ntotal), replace=False)).astype(np.int64)
+    queries = vectors_at(index, positions)
+    nearest = min(NEAREST, index.ntotal - 1)
+    has_lists = hasattr(index, "nlist")
+    limit = index.nlist if has_lists else 1024
+    exact = _exact(index, queries, positions, nearest)
+    depth, trials = (1 if has_lists else 16), []
+    while True:
+        depth = min(depth, limit)
+        started = time.perf_counter()
+        found = _search(index, queries, positions, nearest, depth)
+        seconds = time.perf_counter() - started
+        recalls = recall_of(found, exact) if nearest else np.ones(1)
+        mean, error = float(recalls.mean()), float(recalls.std() / max(len(recalls), 1) ** 0.5)
+        trials.append({"depth": depth, "recall": round(mean, 5), "ms_a_query": round(1e3 * seconds / len(queries), 4)})
+        if mean - 2 * error >= target or depth >= limit:
+            break
+        depth = max(depth + 1, int(depth * 1.5))
+    return {
+        "depth": depth,
+        "recall_at_10": round(mean, 5),
+        "lower_bound": round(mean - 2 * error, 5),
+        "read_share": round(_read_share(index, queries, depth), 5) if has_lists else None,
+        "queries": len(queries),
+        "trials": trials,
+    }
+
+
+def search_parameters(index: Any, depth: int, selector: Any = None) -> Any:
+    """FAISS parameters of a search that reads `depth` lists, or keeps `depth` candidates in the graph."""
+    from ctc_ray.index.build import load_faiss
+
+    faiss = load_faiss()
+    if hasattr(index, "nlist"):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=min(depth, index.nlist))
+    if hasattr(index, "hnsw"):
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=depth)
+    return faiss.SearchParameters(sel=selector)
+
+
+def _exact(
+    index: Any, queries: npt.NDArray[np.float32], positions: npt.NDArray[np.int64], nearest: int
+) -> npt.NDArray[np.float32]:
+    if hasattr(index, "nlist"):
+        return _search(index, queries, positions, nearest, index.nlist)
+    from ctc_ray.index.build import load_faiss
+
+    flat = load_faiss().downcast_index(index.storage)
+    return _similarities(flat, *flat.search(queries, nearest + 1), positions, nearest)
+
+
+def _search(
+    index: Any,
+    queries: npt.NDArray[np.float32],
+    positions: npt.NDArray[np.int64],
+    nearest: int,
+    depth: int,
+) -> npt.NDArray[np.float32]:
+    scores, found = index.search(queries, nearest + 1, params=search_parameters(index, depth))
+    return _similarities(index, scores, found, positions, nearest)
+
+
+def _similarities(
+    index: Any,
+    scores: npt.NDArray[np.float32],
+    found: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    nearest: int,
+) -> npt.NDArray[np.float32]:
+    """Similarities (Q, nearest), larger is nearer, without the query itself."""
+    larger = scores if index.metric_type == 0 else -scores
+    larger = np.where((found < 0) | (found == positions[:, None]), -np.inf, larger)
+    return -np.sort(-larger, axis=1)[:, :nearest].astype(np.float32)
+
+
+def _read_share(index: Any, queries: npt.NDArray[np.float32], depth: int) -> float:
+    """Mean share of the vectors that lie in the lists a query reads."""
+    _, lists = index.quantizer.search(queries, min(depth, index.nlist))
+    sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
+    return float(sizes[lists].sum(axis=1).mean() / max(index.ntotal, 1))
