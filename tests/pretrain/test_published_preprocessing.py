@@ -25,7 +25,7 @@ class Eye(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.seen = images.clone()
-        return images.mean(dim=(2, 3))
+        return torch.zeros(len(images), 128)
 
 
 @pytest.fixture(scope="module")
