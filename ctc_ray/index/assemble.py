@@ -279,8 +279,8 @@ def assemble(material: Material, kind: Kind, folder: Path) -> Assembled:
         return _whole(material, "hnsw", folder)
     made = _lists(material, folder)
     measured = made.description["measured"]
-    if material.config.kind != "auto" or measured["read_share"] <= _MAX_READ_SHARE:
-        return made
+    if material.config.kind != "auto" or material.former is not None or measured["read_share"] <= _MAX_READ_SHARE:
+        return made  # lists that are extended were compared when they were trained
     graph = _whole(material, "hnsw", folder)
     graphed = graph.description["measured"]
     considered = {"ivf": measured, "hnsw": graphed}

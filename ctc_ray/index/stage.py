@@ -33,8 +33,10 @@ from ctc_ray.index.build import (
     Kind,
     open_index,
     read_description,
+    serialise,
 )
 from ctc_ray.index.cell_table import encode_lookup
+from ctc_ray.index.lists import centroids_of, lists_around
 from ctc_ray.labels.patients import process_identity, run_over
 from ctc_ray.latent.embeddings import embedded_patients
 from ctc_ray.progress import Progress
@@ -232,9 +234,6 @@ def _set_aside(settings: IndexConfig, cohort: Cohort, build: Build, refused: dic
 
 def reuse_lists(store: Store, config: IndexConfig, parts: str) -> None:
     """Give the lists of the former index to the workers that place new shards. Runs on a worker."""
-    from ctc_ray.index.build import serialise
-    from ctc_ray.index.lists import centroids_of, lists_around
-
     former = open_index(store, f"{Cohort(store).index(config.encoder)}/{INDEX_FILE}")
     store.write_bytes(f"{parts}/{LISTS_FILE}", serialise(lists_around(centroids_of(former), config.metric)))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ctc_ray.index.build import vectors_at
+from ctc_ray.index.build import load_faiss, vectors_at
 
 NUM_QUERIES = 256
 NEAREST = 10
@@ -73,8 +73,6 @@ def tune(index: Any, target: float, *, num_queries: int = NUM_QUERIES, seed: int
 
 def search_parameters(index: Any, depth: int, selector: Any = None) -> Any:
     """FAISS parameters of a search that reads `depth` lists, or keeps `depth` candidates in the graph."""
-    from ctc_ray.index.build import load_faiss
-
     faiss = load_faiss()
     if hasattr(index, "nlist"):
         return faiss.SearchParametersIVF(sel=selector, nprobe=min(depth, index.nlist))
@@ -88,8 +86,6 @@ def _exact(
 ) -> npt.NDArray[np.float32]:
     if hasattr(index, "nlist"):
         return _search(index, queries, positions, nearest, index.nlist)
-    from ctc_ray.index.build import load_faiss
-
     flat = load_faiss().downcast_index(index.storage)
     return _similarities(flat, *flat.search(queries, nearest + 1), positions, nearest)
 
