@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ctc_ray import __version__, stage_commands
-from ctc_ray.cluster import connect, examine
+from ctc_ray.cluster import Wanted, connect, examine
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import load_config
 from ctc_ray.errors import ConfigError, CtcRayError
@@ -39,6 +39,8 @@ labels_app = typer.Typer(
     help="Label events: simulated expert, and carrying labels over a new segmentation.", no_args_is_help=True
 )
 app.add_typer(labels_app, name="labels")
+GROUPS = ("labels",)
+"""Groups of commands that can run as a job too."""
 
 TruthFile = Annotated[str, typer.Option("--truth", help="truth.parquet that `ctc-ray phantom` wrote.")]
 
@@ -255,9 +257,12 @@ def doctor(
         str | None, typer.Argument(metavar="[COHORT]", help="Cohort whose write access to check.")
     ] = None,
     address: Address = None,
+    cpus: Annotated[int, typer.Option("--cpus", min=0, help="CPUs that an autoscaling cluster shall start first.")] = 0,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs that an autoscaling cluster shall start first.")] = 0,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0, help="Seconds to wait for --cpus and --gpus.")] = 600,
 ) -> None:
-    """Show versions, devices, memory and write access, and say what to do."""
-    findings = examine(cohort, address)
+    """Show versions, devices, memory and write access, here and on every node of a cluster, and say what to do."""
+    findings = examine(cohort, address, Wanted(cpus, gpus, timeout_s) if cpus or gpus else None)
     print_findings(findings)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
@@ -269,13 +274,26 @@ def submit(
     stage: Annotated[str, typer.Argument(help="Stage to run, for example embed.")],
     address: Annotated[str, typer.Option("--address", help="Dashboard of the cluster, http://head:8265.")],
     wait: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
+    runtime_env: Annotated[
+        Path | None, typer.Option("--runtime-env", help="YAML file: Ray's runtime environment of the job.")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME[=VALUE]", help="Environment variable of the job; repeatable."),
+    ] = None,
+    working_dir: Annotated[
+        str | None, typer.Option("--working-dir", help="Folder to send along, without data; the job runs in it.")
+    ] = None,
 ) -> None:
     """Run a stage as a Ray job: `ctc-ray submit embed s3://bucket/cohort --address http://head:8265`."""
-    from ctc_ray.submit import submit_stage
+    from ctc_ray.submit import check_files_reach_the_cluster, runtime_env_of, submit_stage
 
-    if stage not in STAGES:
-        raise ConfigError(f"unknown stage {stage!r}: one of {', '.join(STAGES)}")
-    code = submit_stage(stage, context.args, address=address, wait=wait)
+    submittable = (*(name for name in STAGES if name != "submit"), *GROUPS)
+    if stage not in submittable:
+        raise ConfigError(f"unknown stage {stage!r}: one of {', '.join(submittable)}")
+    environment = runtime_env_of(runtime_env, env or (), working_dir)
+    check_files_reach_the_cluster(context.args, environment)
+    code = submit_stage(stage, context.args, address=address, wait=wait, runtime_env=environment)
     if code:
         raise typer.Exit(code)
 

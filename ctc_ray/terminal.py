@@ -6,7 +6,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from ctc_ray.cluster import Finding
+from ctc_ray.node_report import Finding
 from ctc_ray.records import PlanRow, StageResult
 
 
