@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Name = Annotated[str, Field(pattern=r"^[^/\\\s._][^/\\]*$")]
 Precision = Literal["auto", "fp32", "bf16"]
+ResizeRule = Literal["exact", "crop-centre", "pad-zero", "pad-edge", "pad-reflect", "bilinear"]
 
 
 def operational(default: Any, **constraints: Any) -> Any:
@@ -153,6 +154,66 @@ class TrainSegmenterConfig(Section):
     """Whether each worker gets a GPU; null: where there are enough."""
     max_failures: Annotated[int, Field(ge=0)] = operational(2)
     """Restarts after a lost worker."""
+
+
+class ImportCropsConfig(Section):
+    """Import of single-cell images that another program cut out."""
+
+    path_columns: Annotated[tuple[str, ...], Field(min_length=1)] = ("dapi_path", "ck_path", "cd45_path")
+    """Columns of a table that hold the image files, one channel each, in the order of the crop's channels."""
+    pixels: str = "pixels"
+    """Array of an npz file, or column of a Parquet file, that holds the crops."""
+    layout: Literal["auto", "channels_first", "channels_last"] = "auto"
+    """Order of the axes of a crop in an array; `auto`: the one axis of 3 or 4 is that of the channels."""
+    shape: tuple[Count, Count, Count] | None = None
+    """Shape of a crop in a Parquet column that does not tell it, in the order of `layout`."""
+    dtype: Literal["uint8", "uint16", "int32", "float32", "float64"] | None = None
+    """Number type of the bytes of a Parquet column that does not tell it."""
+    channel_order: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Which channel of the source, from 0, becomes DAPI, CK, CD45 (and a fourth); null: as they come."""
+    patient_column: str | None = None
+    """Null: `patient` or, as in the reference's tables, `case`."""
+    patient: str | None = None
+    """Patient of all rows where the source has no such column; null: the name of each file without its suffix."""
+    id_column: str | None = None
+    """Column of names unique within a patient; null: `source_id` where there is one, else the image paths, or file and row."""
+    label_column: str | None = None
+    """Null: `label` where there is one."""
+    label_map: dict[str, Literal["ctc", "non_ctc", "unsure", "artefact"] | None] = {}
+    """Value of the label column -> label, null for none; `*` stands for all values not named. Beside it hold the labels' own names, and the
+    reference's codes: 1 ctc, 0 non_ctc, 10 none."""
+    reader: str = "imported"
+    """Who gave the labels."""
+    resize: Annotated[tuple[ResizeRule, ...], Field(min_length=1)] = ("exact",)
+    """Named rules, applied one after the other, that bring a crop to 48 x 48; see docs/import.md."""
+    bits: Literal[8, 12, 16] | None = None
+    """Bits of a count; null: 8 or 16, as the source stores it. Crops with a higher count are set aside."""
+    float_maximum: Annotated[float, Field(gt=0)] | None = None
+    """Value of a floating-point image that becomes the highest count of `bits`; null: such images are refused."""
+    image_root: str | None = operational(None)
+    """Folder or URI from which the paths of a table are relative; null: the table's own folder."""
+    max_failure_fraction: Fraction = operational(0.1)
+    """Share of the rows that may be set aside before the stage fails."""
+    num_actors: Count = operational(2)
+    """Importing actors, one processor each."""
+    unit_cells: Count = operational(2000)
+    """Rows a unit of work: what a killed run reads again at most, per actor."""
+
+    @field_validator("resize", mode="before")
+    @classmethod
+    def _one_rule(cls, rules: Any) -> Any:
+        return (rules,) if isinstance(rules, str) else rules
+
+    @field_validator("label_map", mode="before")
+    @classmethod
+    def _text_keys(cls, label_map: Any) -> Any:
+        return {str(key): value for key, value in label_map.items()} if isinstance(label_map, dict) else label_map
+
+    @model_validator(mode="after")
+    def _bits_of_floats(self) -> ImportCropsConfig:
+        if self.float_maximum is not None and self.bits is None:
+            raise ValueError("float_maximum needs bits too: the highest count that it stands for")
+        return self
 
 
 class SplitConfig(Section):
@@ -459,6 +520,7 @@ class RunConfig(Section):
     phantom: PhantomConfig = PhantomConfig()
     segment: SegmentConfig = SegmentConfig()
     train_segmenter: TrainSegmenterConfig = TrainSegmenterConfig()
+    import_crops: ImportCropsConfig = ImportCropsConfig()
     split: SplitConfig = SplitConfig()
     pretrain: PretrainConfig = PretrainConfig()
     embed: EmbedConfig = EmbedConfig()

@@ -53,6 +53,24 @@ def cell_id(patient: str, field: int, point_row: int, point_col: int, segmentati
     return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
 
 
+def imported_cell_id(patient: str, source_key: str, source_digest: str) -> str:
+    """Name a crop that another program cut out: by its patient, its name in the source and its pixels there.
+
+    The pixels belong to the name, so that a label cannot slide to another crop when rows of the source move; how the crop is
+    brought to 48 x 48 does not, since it stays the same cell.
+
+    Args:
+        patient: patient id.
+        source_key: what the source calls the crop: its id, its image files, or file and row.
+        source_digest: digest of the pixels as the source holds them.
+
+    Returns:
+        24 hexadecimal characters.
+    """
+    key = json.dumps(["import", patient, source_key, source_digest], ensure_ascii=True)
+    return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+
+
 def pixels_field(dtype: str = "uint8", channels: int = 3) -> pa.Field:
     """Describe the pixel column: one fixed-size binary per crop, dtype and shape in the field metadata.
 

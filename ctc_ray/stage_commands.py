@@ -127,6 +127,43 @@ def segment(
     )
 
 
+@app.command("import-crops")
+def import_crops(
+    cohort: CohortUri,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="CSV, Parquet or npz file, or a folder of them; a path or URI.")
+    ],
+    patients: Patients = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Import patients again of which rows were set aside.")
+    ] = False,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Bring in single-cell images that another program cut out: image files, npz arrays, Parquet."""
+    from ctc_ray.imports.stage import plan_import_crops, run_import_crops
+
+    names = parse_patients(patients)
+    _stage(
+        cohort,
+        (config, set_, address, force, dry_run),
+        lambda s: run_import_crops(
+            s.config,
+            s.cohort,
+            source=source,
+            patients=names,
+            force=s.force,
+            retry_failed=retry_failed,
+            progress=s.progress,
+        ),
+        lambda s: plan_import_crops(s.config, s.cohort, source=source, patients=names, retry_failed=retry_failed),
+        create=True,
+    )
+
+
 @app.command()
 def split(
     cohort: CohortUri,

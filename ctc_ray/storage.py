@@ -28,14 +28,59 @@ def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """Split a URI or a local path into a pyarrow file system and the path in it."""
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    scheme = urlsplit(uri).scheme
     try:
-        filesystem, root = fs.FileSystem.from_uri(uri)
+        filesystem, root = _open_azure(uri) if scheme == "az" else fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
-        scheme = urlsplit(uri).scheme
         raise ConfigError(
-            f"cannot open {uri!r}: {error}. Give a local path or a URI such as s3://bucket/cohort ({scheme}:// failed)"
+            f"cannot open {without_secrets(uri)!r}: {error}. Give a local path or a URI such as s3://bucket/cohort ({scheme}:// failed)"
         ) from error
     return filesystem, root.rstrip("/")
+
+
+def _open_azure(uri: str) -> tuple[fs.FileSystem, str]:
+    """Open `az://container/path`, which names no account: that and its key come from the environment, as Azure's tools have it.
+
+    Without key and SAS token Azure's default credentials hold (a login, a managed identity).
+    """
+    account = os.environ.get("AZURE_STORAGE_ACCOUNT") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    if not account:
+        raise ConfigError(
+            f"{without_secrets(uri)} names no storage account: set AZURE_STORAGE_ACCOUNT, or write "
+            "abfss://container@account.dfs.core.windows.net/path"
+        )
+    parts = urlsplit(uri)
+    key, token = os.environ.get("AZURE_STORAGE_KEY"), os.environ.get("AZURE_STORAGE_SAS_TOKEN")
+    return fs.AzureFileSystem(account, account_key=key, sas_token=None if key else token), parts.netloc + parts.path
+
+
+def without_secrets(uri: str) -> str:
+    """The URI without user, password and query values: fit for messages, records and reports."""
+    if "://" not in uri:
+        return uri
+    scheme, rest = uri.split("://", 1)
+    address = rest.partition("?")[0]
+    netloc, slash, path = address.partition("/")
+    if scheme in ("abfs", "abfss"):  # container[:key]@account
+        container, at, account = netloc.rpartition("@")
+        netloc = f"{container.partition(':')[0]}{at}{account}"
+    else:
+        netloc = netloc.rpartition("@")[2]
+    return f"{scheme}://{netloc}{slash}{path}"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Split a path or URI into that of its folder and the last name; a query (`?endpoint_override=...`) stays with the folder.
+
+    Args:
+        uri: `data/cells.npz`, `s3://bucket/cells.npz?region=eu-central-1`.
+    """
+    if "://" not in uri:
+        path = Path(uri).expanduser().absolute()
+        return str(path.parent), path.name
+    address, mark, query = uri.partition("?")
+    folder, _, name = address.rstrip("/").rpartition("/")
+    return f"{folder}{mark}{query}", name
 
 
 class Store:
@@ -46,12 +91,18 @@ class Store:
     """
 
     def __init__(self, uri: str | Path) -> None:
-        self.uri = str(uri)
-        self._filesystem, self._root = _resolve(self.uri)
+        self._given = str(uri)
+        self.uri = without_secrets(self._given)
+        """As messages and reports show it: without credentials and query."""
+        self._filesystem, self._root = _resolve(self._given)
+
+    @property
+    def address(self) -> str:
+        """What opens this store again, from any folder and machine; it may hold credentials, so it is never shown."""
+        return self._given if "://" in self._given else self._root
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        uri = self.uri if "://" in self.uri else self._root  # a worker may stand in another folder
-        return (Store, (uri,))
+        return (Store, (self.address,))
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -66,7 +117,7 @@ class Store:
         return f"{self._root}/{path}" if path else self._root
 
     def describe(self, path: str = "") -> str:
-        """How messages name a file: the URI as the user gave it, and the path."""
+        """How messages name a file: the URI as the user gave it, without credentials and query, and the path."""
         return f"{self.uri.rstrip('/')}/{path}" if path else self.uri
 
     def local_path(self, path: str = "") -> Path:
@@ -82,13 +133,27 @@ class Store:
         return Path(self.full_path(path))
 
     def exists(self, path: str) -> bool:
-        """Whether a file or a folder of that name is there."""
-        return bool(self._filesystem.get_file_info(self.full_path(path)).type != fs.FileType.NotFound)
+        """Whether a file or a folder of that name is there.
+
+        Raises:
+            StorageError: the store cannot be asked: no connection, no permission.
+        """
+        return bool(self._info(path).type != fs.FileType.NotFound)
 
     def size(self, path: str) -> int | None:
-        """Bytes of a file, None where there is no such file."""
-        info = self._filesystem.get_file_info(self.full_path(path))
+        """Bytes of a file, None where there is no such file; raises as `exists` does."""
+        info = self._info(path)
         return int(info.size) if info.type == fs.FileType.File else None
+
+    def _info(self, path: str) -> fs.FileInfo:
+        try:
+            return self._filesystem.get_file_info(self.full_path(path))
+        except OSError as error:
+            raise self._unreachable(path, error) from error
+
+    def _unreachable(self, path: str, error: OSError) -> StorageError:
+        remedy = "check its permissions" if self.is_local else "check the connection, the endpoint and the credentials"
+        return StorageError(f"cannot look at {self.describe(path)}: {error}. Please {remedy}")
 
     def list_files(self, path: str = "", suffix: str = "", *, recursive: bool = False) -> list[str]:
         """Relative paths of the files below a folder, sorted; temporary files are left out; [] for a missing folder."""
@@ -101,9 +166,11 @@ class Store:
     def _list(self, path: str, *, recursive: bool) -> list[tuple[str, bool]]:
         selector = fs.FileSelector(self.full_path(path), recursive=recursive, allow_not_found=True)
         start = len(self._root) + 1
-        found = [
-            (info.path[start:], info.type == fs.FileType.File) for info in self._filesystem.get_file_info(selector)
-        ]
+        try:
+            infos = self._filesystem.get_file_info(selector)
+        except OSError as error:
+            raise self._unreachable(path, error) from error
+        found = [(info.path[start:], info.type == fs.FileType.File) for info in infos]
         return sorted(item for item in found if _TEMPORARY_MARK not in item[0].rsplit("/", 1)[-1])
 
     def read_bytes(self, path: str) -> bytes:

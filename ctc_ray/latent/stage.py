@@ -222,7 +222,7 @@ def place_patient(store: Store, config: MapConfig, patient: str, digest: str, id
     started = time.monotonic()
     cohort = Cohort(store)
     folder = cohort.latent_cells(config.encoder, config.name, patient)
-    latent_map = _loaded(store.uri, cohort.latent(config.encoder, config.name), digest)
+    latent_map = _loaded(store.address, cohort.latent(config.encoder, config.name), digest)
     files = {
         name: latent_map.table(ids, patient, vectors)
         for name, ids, vectors in iterate_shards(cohort, config.encoder, patient)

@@ -82,13 +82,19 @@ def candidates(data: ReportData) -> Section:
     return Section("candidates", title, note(text) + empty + f'<div class="gallery">{figures}</div>')
 
 
+def _measures(row: dict[str, Any]) -> list[str]:
+    """Field and diameter, each where it is known: imported crops may come without."""
+    field = [] if row["field"] is None else [f"field {row['field']}"]
+    return field if row["diameter_um"] is None else [*field, f"{row['diameter_um']:.1f} µm"]
+
+
 def _candidate(data: ReportData, row: dict[str, Any]) -> str:
     picture = cell_picture(data, row["cell_id"])
     if picture is None:
         return ""
     lines = [
         f"probability {row['probability']:.3f}",
-        f"patient {row['patient']}, field {row['field']}, {row['diameter_um']:.1f} µm, {cluster_name(row['cluster']).lower()}",
+        ", ".join([f"patient {row['patient']}", *_measures(row), cluster_name(row["cluster"]).lower()]),
     ]
     tags = []
     if row["is_ctc"] is not None:
