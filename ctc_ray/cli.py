@@ -39,8 +39,6 @@ labels_app = typer.Typer(
     help="Label events: simulated expert, and carrying labels over a new segmentation.", no_args_is_help=True
 )
 app.add_typer(labels_app, name="labels")
-GROUPS = ("labels",)
-"""Groups of commands that can run as a job too."""
 
 TruthFile = Annotated[str, typer.Option("--truth", help="truth.parquet that `ctc-ray phantom` wrote.")]
 
@@ -288,14 +286,19 @@ def submit(
     """Run a stage as a Ray job: `ctc-ray submit embed s3://bucket/cohort --address http://head:8265`."""
     from ctc_ray.submit import check_files_reach_the_cluster, runtime_env_of, submit_stage
 
-    submittable = (*(name for name in STAGES if name != "submit"), *GROUPS)
-    if stage not in submittable:
-        raise ConfigError(f"unknown stage {stage!r}: one of {', '.join(submittable)}")
+    if stage not in (known := submittable()):
+        raise ConfigError(f"unknown stage {stage!r}: one of {', '.join(known)}")
     environment = runtime_env_of(runtime_env, env or (), working_dir)
     check_files_reach_the_cluster(context.args, environment)
     code = submit_stage(stage, context.args, address=address, wait=wait, runtime_env=environment)
     if code:
         raise typer.Exit(code)
+
+
+def submittable() -> list[str]:
+    """Commands and groups of commands that can run as a job: all but `submit` itself."""
+    commands = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    return sorted((commands | {group.name or "" for group in app.registered_groups}) - {"submit"})
 
 
 def _root_cause(error: BaseException) -> BaseException:

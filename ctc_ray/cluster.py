@@ -257,7 +257,8 @@ def _report(node: dict[str, Any], task: Any, store: Store | None, folder: str, s
         return dataclasses.replace(report, error=str(error).strip().splitlines()[-1])
     if store is not None and not found["cohort_problem"] and f"{folder}/{node['NodeID']}" not in seen:
         found["cohort_problem"] = "what is written there does not arrive here: not one shared folder"
-    return dataclasses.replace(report, **found)
+    known = {field.name for field in dataclasses.fields(NodeReport)}  # another version there may say more
+    return dataclasses.replace(report, **{name: value for name, value in found.items() if name in known})
 
 
 def _shared_memory() -> Finding:

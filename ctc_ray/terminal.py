@@ -9,6 +9,9 @@ from rich.table import Table
 from ctc_ray.node_report import Finding
 from ctc_ray.records import PlanRow, StageResult
 
+_LOG_COLUMNS = 240
+"""Width of a table in a job's log, which no terminal bounds."""
+
 
 def _console() -> Console:
     return Console(highlight=False, soft_wrap=False)
@@ -44,9 +47,11 @@ def print_plan(rows: list[PlanRow]) -> None:
 def print_findings(findings: list[Finding]) -> None:
     """Print the doctor's findings, each with its remedy where something is wrong."""
     table = Table("", "what", "found", "remedy", box=None, pad_edge=False)
+    table.columns[1].no_wrap = True  # a machine's name stays whole
     for finding in findings:
         table.add_row("ok" if finding.ok else "!!", finding.what, finding.value, "" if finding.ok else finding.remedy)
-    _console().print(table)
+    console = _console()
+    (console if console.is_terminal else Console(highlight=False, width=_LOG_COLUMNS)).print(table)
 
 
 def print_neighbours(found: pl.DataFrame, *, as_json: bool) -> None:
