@@ -83,7 +83,11 @@ def conversion_of(source: Source, section: ImportCropsConfig, rows: SourceRows) 
         ConfigError: the source has no usable row.
     """
     if rows.frame.is_empty():
-        raise ConfigError(f"{source.store.describe()} has no row that could be imported; see the reasons above")
+        reasons = [row for listed in rows.failures.values() for row in listed]
+        first = (
+            f": all {len(reasons)} are set aside. First: {reasons[0].source}: {reasons[0].message}" if reasons else ""
+        )
+        raise ConfigError(f"{source.store.describe()} has no row that could be imported{first}")
     if source.kind == "table":
         dtype, given = _probe_images(source, section, rows.frame), len(section.path_columns)
     else:

@@ -237,6 +237,13 @@ def test_folder_of_files_names_patients_after_them_and_only_changed_ones_are_sta
     assert states == {"P1": State.COMPLETE, "P2": State.STALE, "P3": State.ABSENT}
 
 
+def test_source_without_a_usable_row_tells_the_first_reason(tmp_path: Path, import_here: ImportHere) -> None:
+    path = tmp_path / "cells.csv"
+    path.write_text("patient,dapi_path,ck_path,cd45_path\na/b,1,2,3\n")
+    with pytest.raises(ConfigError, match=r"all 1 are set aside. First: cells.csv row 1: patient id 'a/b'"):
+        import_here(_cohort(tmp_path / "c"), path)
+
+
 def test_settings_refuse_what_cannot_be_meant() -> None:
     with pytest.raises(ConfigError, match="resize"):
         load_config(None, ["import_crops.resize=stretch"])
