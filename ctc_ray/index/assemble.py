@@ -50,8 +50,10 @@ from ctc_ray.storage import Store
 
 LISTS_FILE = "lists.faiss"
 _MAX_TRAINING_SHARDS = 256
-_MAX_READ_SHARE = 0.1
-"""Where lists have to read more of the vectors than this, a graph is tried as well."""
+_MAX_COMPARED_SHARE = 0.1
+"""Where lists have to compare a query with more of the vectors than this, a graph is tried as well."""
+_COST_IN_GRAPH = 4
+"""A vector of a graph is read from anywhere in memory, one of a list behind its neighbour."""
 
 
 @dataclass(frozen=True)
@@ -279,15 +281,22 @@ def assemble(material: Material, kind: Kind, folder: Path) -> Assembled:
         return _whole(material, "hnsw", folder)
     made = _lists(material, folder)
     measured = made.description["measured"]
-    if material.config.kind != "auto" or material.former is not None or measured["read_share"] <= _MAX_READ_SHARE:
+    few = measured["compared"] <= _MAX_COMPARED_SHARE * made.description["cells"]
+    if few or material.config.kind != "auto" or material.former is not None:
         return made  # lists that are extended were compared when they were trained
     graph = _whole(material, "hnsw", folder)
-    graphed = graph.description["measured"]
-    considered = {"ivf": measured, "hnsw": graphed}
-    reaches = graphed["lower_bound"] >= min(material.config.target_recall, measured["lower_bound"])
-    faster = graphed["trials"][-1]["ms_a_query"] < measured["trials"][-1]["ms_a_query"]
-    better = graph if reaches and faster else made
+    considered = {"ivf": measured, "hnsw": graph.description["measured"]}
+    better = graph if prefer_graph(measured, graph.description["measured"], material.config.target_recall) else made
     return Assembled(better.file, {**better.description, "considered": considered})
+
+
+def prefer_graph(ivf: dict[str, Any], hnsw: dict[str, Any], target: float) -> bool:
+    """Whether a graph answers with less work than lists and misses no more, from what `tune` measured of both.
+
+    Work is counted in vectors compared, not in seconds, so that two builds of one cohort choose the same.
+    """
+    reaches = hnsw["lower_bound"] >= min(target, ivf["lower_bound"])
+    return bool(reaches and _COST_IN_GRAPH * hnsw["compared"] < ivf["compared"])
 
 
 def _lists(material: Material, folder: Path) -> Assembled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,13 +83,13 @@ class CellTable:
         chosen = pa.array(positions)
         names = np.array(self.patients, object)
         columns = {name: self._column(name).take(chosen) for name in ("cell_id", *_PLACE)}
-        frame = pl.DataFrame({name: pl.Series(pl.from_arrow(column)) for name, column in columns.items()})
+        frame = pl.DataFrame({name: pl.Series(name, column) for name, column in columns.items()})
         patients = pl.Series("patient", names[self.patient_code[positions]].tolist(), pl.String)
         return frame.with_columns(patients).select("cell_id", "patient", *_PLACE)
 
     def ids(self) -> pl.Series:
         """All cell ids (N,) by position."""
-        return pl.Series("cell_id", pl.from_arrow(self._ids))
+        return pl.Series("cell_id", self._ids)
 
     def of_patients(self, patients: Collection[str]) -> npt.NDArray[np.bool_]:
         """Which positions (N,) are of some patients; unknown ones have none."""
@@ -110,8 +111,8 @@ class CellTable:
         column = self._table.column(name)
         return column.chunk(0) if column.num_chunks else pa.array([], column.type)
 
-    def _array(self, name: str) -> npt.NDArray[np.generic]:
-        return np.asarray(self._column(name).to_numpy(zero_copy_only=True))
+    def _array(self, name: str) -> Any:
+        return self._column(name).to_numpy(zero_copy_only=True)
 
 
 def lookup_table(cells: pl.DataFrame) -> pa.Table:

@@ -114,8 +114,8 @@ def rank_candidates(
     found, _ = index.nearest(index.vectors(positives), pool_size, allowed=candidates)
     pool = np.unique(found[found >= 0])
     vectors, examples = index.vectors(pool), index.vectors(positives)
-    relevance, nearest = likeness(vectors, examples, index.metric) if len(pool) else (np.empty(0), np.empty(0, int))
-    if contrast and len(negatives) and len(pool):
+    relevance, nearest = likeness(vectors, examples, index.metric)
+    if contrast and len(negatives):
         relevance = relevance - contrast * likeness(vectors, index.vectors(negatives), index.metric)[0]
     best = np.argsort(-relevance, kind="stable")
     _, first = np.unique(physical[pool[best]], return_index=True)

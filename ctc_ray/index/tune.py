@@ -39,8 +39,8 @@ def tune(index: Any, target: float, *, num_queries: int = NUM_QUERIES, seed: int
         seed: which cells.
 
     Returns:
-        `depth` (lists read, or efSearch), `recall_at_10`, `lower_bound`, `read_share` (share of the vectors compared; null
-        for HNSW), `queries`, and `trials`: depth, recall and milliseconds a query of everything tried.
+        `depth` (lists read, or efSearch), `recall_at_10`, `lower_bound`, `compared` (vectors that a query is compared with,
+        centres of lists among them), `queries`, and `trials`: depth, recall and milliseconds a query of everything tried.
     """
     rng = np.random.default_rng(seed)
     positions = np.sort(rng.choice(index.ntotal, min(num_queries, index.ntotal), replace=False)).astype(np.int64)
@@ -65,7 +65,7 @@ def tune(index: Any, target: float, *, num_queries: int = NUM_QUERIES, seed: int
         "depth": depth,
         "recall_at_10": round(mean, 5),
         "lower_bound": round(mean - 2 * error, 5),
-        "read_share": round(_read_share(index, queries, depth), 5) if has_lists else None,
+        "compared": round(_compared(index, queries, depth), 1),
         "queries": len(queries),
         "trials": trials,
     }
@@ -114,8 +114,13 @@ def _similarities(
     return -np.sort(-larger, axis=1)[:, :nearest].astype(np.float32)
 
 
-def _read_share(index: Any, queries: npt.NDArray[np.float32], depth: int) -> float:
-    """Mean share of the vectors that lie in the lists a query reads."""
-    _, lists = index.quantizer.search(queries, min(depth, index.nlist))
-    sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
-    return float(sizes[lists].sum(axis=1).mean() / max(index.ntotal, 1))
+def _compared(index: Any, queries: npt.NDArray[np.float32], depth: int) -> float:
+    """Mean number of vectors that a query is compared with."""
+    if hasattr(index, "nlist"):
+        _, lists = index.quantizer.search(queries, min(depth, index.nlist))
+        sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
+        return float(index.nlist + sizes[lists].sum(axis=1).mean())
+    statistics = load_faiss().cvar.hnsw_stats
+    statistics.reset()
+    index.search(queries, NEAREST, params=search_parameters(index, depth))
+    return float(statistics.ndis / len(queries))

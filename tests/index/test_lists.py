@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ctc_ray.errors import SchemaError
+from ctc_ray.index.assemble import prefer_graph
 from ctc_ray.index.build import faiss_threads, new_index, open_mapped, prepared, vectors_at
 from ctc_ray.index.lists import (
     FormerLists,
@@ -115,7 +116,7 @@ def test_probes_reach_the_target_on_queries_that_were_not_tuned_on(tmp_path: Pat
     assert 1 < measured["depth"] < 64
     assert measured["lower_bound"] >= 0.97
     assert recall >= 0.96 > less
-    assert 0 < measured["read_share"] < 1
+    assert 64 < measured["compared"] < 4064
     assert [trial["recall"] for trial in measured["trials"]] == sorted(trial["recall"] for trial in measured["trials"])
 
 
@@ -125,7 +126,15 @@ def test_graph_is_measured_against_its_own_vectors() -> None:
         graph.add(clouds(600))
         measured = tune(graph, 0.95, num_queries=100)
     assert measured["recall_at_10"] >= 0.95
-    assert measured["read_share"] is None
+    assert 10 < measured["compared"] <= 600
+
+
+def test_graph_is_preferred_only_where_it_does_less_and_misses_no_more() -> None:
+    lists = {"lower_bound": 0.99, "compared": 1000.0}
+    assert prefer_graph(lists, {"lower_bound": 0.99, "compared": 200.0}, target=0.99)
+    assert not prefer_graph(lists, {"lower_bound": 0.99, "compared": 300.0}, target=0.99)
+    assert not prefer_graph(lists, {"lower_bound": 0.97, "compared": 200.0}, target=0.99)
+    assert prefer_graph({**lists, "lower_bound": 0.9}, {"lower_bound": 0.97, "compared": 200.0}, target=0.99)
 
 
 @settings(max_examples=25, deadline=None)

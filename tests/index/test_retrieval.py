@@ -21,6 +21,7 @@ from ctc_ray.errors import ConfigError, LabelError
 from ctc_ray.index.retrieval import diversify, likeness, more_like, similarities
 from ctc_ray.index.search import CellIndex, cells_in_clusters, similar
 from ctc_ray.index.stage import run_index
+from ctc_ray.labels.consensus import read_labels
 from ctc_ray.labels.transfer import import_labels
 
 CONFIG = RunConfig(index=IndexConfig(num_threads=1))
@@ -80,18 +81,20 @@ def test_one_detection_of_a_physical_cell_and_none_of_a_labelled_one(labelled: A
     assert everything.height == len(np.unique(index.cells.physical)) - len(np.unique(gone))
 
 
-def test_contrast_pushes_what_resembles_other_labels_down(labelled: Any) -> None:
-    plain = more_like(CONFIG, labelled.cohort, k=1000)
-    against = more_like(CONFIG, labelled.cohort, k=1000, contrast=1.0)
-    is_ctc = [labelled.kinds[name] == "ctc" for name in plain["cell_id"]]
-    by_name = dict(zip(against["cell_id"], against["similarity"], strict=True))
-    contrasted = np.array([by_name[name] for name in plain["cell_id"]])
-    ctc = np.array(is_ctc)
+def test_contrast_subtracts_the_likeness_to_labelled_cells_that_are_no_ctcs(labelled: Any) -> None:
+    found = more_like(CONFIG, labelled.cohort, k=1000, contrast=0.7)
+    index = CellIndex.open(labelled.cohort, "dino")
+    labels = read_labels(labelled.cohort)
 
-    def separation(values: np.ndarray) -> float:
-        return float((values[ctc].mean() - values[~ctc].mean()) / values.std())
+    def nearest_three(label: str) -> np.ndarray:
+        examples = labels.filter(pl.col("label") == label)["cell_id"].to_list()
+        candidates = index.vectors(index.positions_of(found["cell_id"].to_list()))
+        cosines = candidates @ index.vectors(index.positions_of(examples)).T
+        return np.sort(cosines, axis=1)[:, -3:].mean(axis=1)
 
-    assert separation(contrasted) > separation(plain["similarity"].to_numpy())
+    expected = nearest_three("ctc") - 0.7 * nearest_three("non_ctc")
+    np.testing.assert_allclose(found["similarity"], expected, atol=1e-5)
+    assert (np.diff(expected) <= 1e-5).all()
 
 
 def test_diversity_spreads_the_candidates(labelled: Any) -> None:
