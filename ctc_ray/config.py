@@ -285,9 +285,14 @@ class PretrainConfig(Section):
     drawn per worker, so that runs equal each other exactly on one worker only."""
     min_workers: Count = operational(1)
     """The fewest workers with which a run starts, or goes on where the cluster lost room for the others."""
-    data: Literal["resident", "streaming"] = "resident"
-    """`resident`: each worker holds its share of the crops, and a resumed run equals an uninterrupted one; `streaming`: Ray
-    Data streams them, and a resumed run starts its epoch again."""
+    data: Literal["auto", "resident", "streaming"] = "auto"
+    """`resident`: each worker holds its share of the crops on its device, and a resumed run equals an uninterrupted one;
+    `streaming`: Ray Data streams them, and a resumed run starts its epoch again; `auto`: resident where a worker's share is
+    at most `resident_gb`."""
+    resident_gb: Annotated[float, Field(gt=0)] = operational(8.0)
+    """Largest share of the crops, in GB, that `auto` keeps on a worker's device: a million 8-bit crops have 7 GB."""
+    koleo_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the term that drives features apart; `marker` has 0.02, `paper` 0."""
     checkpoint_every: Count = operational(200)
     """Steps between checkpoints."""
     max_failures: Annotated[int, Field(ge=0)] = operational(2)

@@ -28,7 +28,7 @@ def workers_of(section: PretrainConfig) -> Workers:
     )
 
 
-def check_resources(section: PretrainConfig, batch_size: int, num_crops: int) -> Workers:
+def check_resources(plan: RunPlan, batch_size: int) -> Workers:
     """Refuse a run that could not start, before Ray waits for it without a word.
 
     Returns:
@@ -39,6 +39,7 @@ def check_resources(section: PretrainConfig, batch_size: int, num_crops: int) ->
         SchemaError: there are fewer crops than a batch.
         ResourceError: the cluster has too few processors or GPUs for the fewest workers.
     """
+    section, num_crops = plan.section, sum(plan.shards.values())
     if batch_size < _MIN_CROPS_PER_WORKER * section.num_workers:
         raise ConfigError(
             f"pretrain.batch_size {batch_size} gives {section.num_workers} workers fewer than {_MIN_CROPS_PER_WORKER} crops "
@@ -50,7 +51,7 @@ def check_resources(section: PretrainConfig, batch_size: int, num_crops: int) ->
             "give more patients the role pretrain, or lower pretrain.batch_size"
         )
     workers = workers_of(section)
-    if section.data == "resident":
+    if plan.data == "resident":
         workers.require_room("pretrain")
         return workers
     # Ray Data reads beside the workers: if they took every processor, both would wait for ever.
@@ -88,7 +89,7 @@ def fit(plan: RunPlan, workers: Workers, steps: int, done: int, progress: Progre
             storage_path=str(plan.store.local_path(state)) if plan.store.is_local else plan.store.describe(state),
             task=task,
             warn=lambda text: progress.say(f"  WARNING: {text}"),
-            datasets={STREAM: _stream(plan)} if plan.section.data == "streaming" else None,
+            datasets={STREAM: _stream(plan)} if plan.data == "streaming" else None,
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 
 from ctc_ray.cohort import Cohort
@@ -46,6 +47,7 @@ from ctc_ray.records import (
     require_fresh,
     state_of,
 )
+from ctc_ray.schema import CROP_SIZE_PX
 from ctc_ray.storage import Store
 
 STAGE = "pretrain"
@@ -105,7 +107,7 @@ def run_pretrain(config: RunConfig, cohort: Cohort, *, force: bool = False, prog
     plan = _plan(section, cohort, folder, identity, shards, progress)
     steps_before = max(plan.checkpoints().steps(), default=0)
     settings = settings_of(section, channels=plan.channels, precision=plan.precision)
-    workers = check_resources(section, settings.batch_size, sum(shards.values()))
+    workers = check_resources(plan, settings.batch_size)
     initial_weights(section, plan.channels)  # here, since it needs no worker to say that they do not fit
     if steps_before < settings.steps:
         fit(plan, workers, settings.steps, steps_before, progress)
@@ -251,9 +253,28 @@ def _plan(
         channels=len(counts),
         full_scale=stored_full_scale(dtype, section.full_scale),
         precision=worker_precision(section.precision, use_gpu=section.use_gpu),
+        data=placement(section, sum(shards.values()), len(counts), dtype),
     )
     cohort.store.write_json(path, plan_to_json(plan))
     return plan
+
+
+def placement(
+    section: PretrainConfig, num_crops: int, channels: int, dtype: np.dtype[Any]
+) -> Literal["resident", "streaming"]:
+    """Whether the workers hold their crops or stream them; `auto` holds what fits (see `pretrain.resident_gb`).
+
+    Args:
+        section: of the run.
+        num_crops: crops of all workers.
+        channels: channels C of a crop.
+        dtype: of the counts; 16-bit counts are held in 32 bits.
+    """
+    if section.data != "auto":
+        return section.data
+    count_bytes = 1 if np.dtype(dtype) == np.uint8 else 4
+    share_gb = num_crops / section.num_workers * channels * CROP_SIZE_PX**2 * count_bytes / 1e9
+    return "resident" if share_gb <= section.resident_gb else "streaming"
 
 
 def _publish(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import ray.train
@@ -61,6 +61,7 @@ class RunPlan:
         channels: channels C of the crops.
         full_scale: count of a saturated pixel.
         precision: what `auto` resolved to.
+        data: what `auto` resolved to.
     """
 
     store: Store
@@ -72,6 +73,7 @@ class RunPlan:
     channels: int
     full_scale: float
     precision: Resolved
+    data: Literal["resident", "streaming"] = "resident"
 
     def checkpoints(self) -> CheckpointFolder:
         """The run's checkpoints."""
@@ -241,7 +243,7 @@ class Journal:
 
 def _source(plan: RunPlan, world: World, own: int, device: torch.device) -> BatchSource:
     seed = plan.section.seed
-    if plan.section.data == "streaming":
+    if plan.data == "streaming":
         return StreamedCrops(_stream(plan, world, own, device))
     return ResidentCrops(
         read_crops(plan.store, share_of(plan.shards, world.rank, world.size)),
@@ -279,4 +281,4 @@ def _stream(plan: RunPlan, world: World, own: int, device: torch.device) -> Iter
 def plan_to_json(plan: RunPlan) -> dict[str, Any]:
     """The part of a plan that is fixed for the run's life, as JSON values."""
     values = asdict(plan)
-    return {name: values[name] for name in ("identity", "rule", "channels", "full_scale", "precision")}
+    return {name: values[name] for name in ("identity", "rule", "channels", "full_scale", "precision", "data")}

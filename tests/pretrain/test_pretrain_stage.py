@@ -22,7 +22,7 @@ from ctc_ray.errors import (
     StaleOutputError,
     WeightsError,
 )
-from ctc_ray.pretrain.stage import import_encoder, plan_pretrain, run_pretrain
+from ctc_ray.pretrain.stage import import_encoder, placement, plan_pretrain, run_pretrain
 from ctc_ray.progress import Progress
 from ctc_ray.records import Record, State, identity_of, publish
 
@@ -67,7 +67,7 @@ def test_import_writes_encoder_once_and_refuses_another_of_the_name(tmp_path: Pa
     cohort = Cohort.open(str(tmp_path / "c"), create=True)
     for seed, name in ((0, "a.pt"), (1, "b.pt")):
         torch.manual_seed(seed)
-        state = build_backbone("resnet10t").state_dict()
+        state = build_backbone(_config().pretrain.architecture).state_dict()
         torch.save({f"backbone.{key}": value for key, value in state.items()}, tmp_path / name)
     config = _config()
     assert import_encoder(config, cohort, tmp_path / "a.pt", "imported").units_computed == 1
@@ -77,6 +77,18 @@ def test_import_writes_encoder_once_and_refuses_another_of_the_name(tmp_path: Pa
     with pytest.raises(StaleOutputError, match="--force"):
         import_encoder(config, cohort, tmp_path / "b.pt", "imported")
     assert import_encoder(config, cohort, tmp_path / "b.pt", "imported", force=True).units_computed == 1
+
+
+def test_auto_holds_the_crops_where_a_workers_share_fits() -> None:
+    def placed(num_crops: int, dtype: type, *overrides: str) -> str:
+        return placement(_config(*overrides).pretrain, num_crops, 3, np.dtype(dtype))
+
+    assert placed(1_000_000, np.uint8) == "resident"  # 6.9 GB
+    assert placed(1_200_000, np.uint8) == "streaming"
+    assert placed(1_200_000, np.uint8, "pretrain.num_workers=2") == "resident"
+    assert placed(400_000, np.uint16) == "streaming"  # held in 32 bits: 11 GB
+    assert placed(400_000, np.uint16, "pretrain.resident_gb=12") == "resident"
+    assert placed(10**9, np.uint8, "pretrain.data=resident") == "resident"
 
 
 @pytest.mark.ray
