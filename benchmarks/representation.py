@@ -3,8 +3,8 @@
 Run: python -m benchmarks.representation [--marker FOLDER] [--paper FOLDER] [--jurkat FILE] [--out FILE]
 
 Methods: raw pixels reduced by PCA; the encoder with random weights; encoders trained by DINO from random weights with the
-`paper` and with the `marker` views (`benchmarks/train_default_encoder.py`: both at 48 px, same crops, steps and schedules; where
-no `--marker` is given, the shipped encoder stands for it); the shipped encoder, trained for longer; a small convolutional network
+`paper` and with the `marker` views (`benchmarks/train_default_encoder.py`: both at 48 px, same crops, steps and schedules; the
+shipped encoder is the one with `marker` views, and stands for it unless `--marker` names another); a small convolutional network
 trained on the few labels alone.
 
 Probes on standardised features: an SVM (rbf, C = 1), a linear probe (logistic regression, C = 0.1) and the five nearest
@@ -247,16 +247,16 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     started = time.monotonic()
-    shipped, spec = load_folder(DEFAULT_FOLDER)
+    folders = {"marker": arguments.marker or DEFAULT_FOLDER, "paper": arguments.paper}
+    if arguments.marker is not None:
+        folders["shipped"] = DEFAULT_FOLDER
+    loaded = {name: load_folder(folder) for name, folder in folders.items() if folder is not None}
+    _, spec = loaded["marker"]
     torch.manual_seed(0)
     random = build_backbone(spec.architecture, channels=spec.channels, input_size_px=spec.input_size_px)
-    encoders = {"random-init": (random, spec.intensity), "shipped": (shipped, spec.intensity)}
-    provenance = {"shipped": spec.provenance | {"fingerprint": spec.fingerprint}}
-    for name, folder in (("paper", arguments.paper), ("marker", arguments.marker or DEFAULT_FOLDER)):
-        if folder is not None:
-            backbone, own = load_folder(folder)
-            encoders[name] = (backbone, own.intensity)
-            provenance[name] = own.provenance | {"fingerprint": own.fingerprint}
+    encoders: Encoders = {"random-init": (random, spec.intensity)}
+    encoders |= {name: (backbone, own.intensity) for name, (backbone, own) in loaded.items()}
+    provenance = {name: own.provenance | {"fingerprint": own.fingerprint} for name, (_, own) in loaded.items()}
     tasks = [phantom_task()] + ([jurkat_task(arguments.jurkat)] if arguments.jurkat.is_file() else [])
     frame = compare(tasks, encoders)
     bars = judge(frame)

@@ -3,8 +3,8 @@
 Run: python -m benchmarks.train_default_encoder --work FOLDER [--steps N] [--preset paper] [--publish]
 
 Stopping and running again continues from the last checkpoint in FOLDER. Crops: all kinds of object evenly, from many
-patients; a share has its channels permuted (alike in all views), so that the encoder serves cells whose channels mean
-something else. With `--publish` the result replaces `ctc_ray/pretrain/default_encoder`. `--preset paper` trains with the
+patients; a share has its channels permuted or varied (alike in all views), so that the encoder serves cells whose
+channels mean something else. With `--publish` the result replaces `ctc_ray/pretrain/default_encoder`. `--preset paper` trains with the
 reference's augmentations and intensity rule instead, all else alike (48 px, crops, steps, head, schedules), for
 `benchmarks/representation.py`.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import ndimage
 
 from ctc_ray.phantom import CellKind, draw_crops
 from ctc_ray.pretrain.checkpoint import CheckpointFolder
@@ -37,7 +38,7 @@ COMPRESSION = 3.0
 PERMUTED_SHARE = 0.3
 
 
-def training_crops(num: int, seed: int) -> npt.NDArray[np.uint8]:
+def training_crops(num: int, seed: int, *, varied_share: float = 0.0) -> npt.NDArray[np.uint8]:
     """Phantom crops (num, 3, 48, 48), kinds evenly, a share with permuted channels."""
     rng = np.random.default_rng(seed)
     parts, chunk = [], 1024
@@ -53,7 +54,32 @@ def training_crops(num: int, seed: int) -> npt.NDArray[np.uint8]:
     permuted = rng.random(num) < PERMUTED_SHARE
     order = rng.permuted(np.tile(np.arange(crops.shape[1]), (num, 1)), axis=1)
     order[~permuted] = np.arange(crops.shape[1])
-    return np.ascontiguousarray(np.take_along_axis(crops, order[:, :, None, None], axis=1)).astype(np.uint8)
+    shuffled = np.ascontiguousarray(np.take_along_axis(crops, order[:, :, None, None], axis=1))
+    return varied(shuffled.astype(np.uint8), rng, varied_share)
+
+
+def varied(crops_NCHW: npt.NDArray[np.uint8], rng: np.random.Generator, share: float) -> npt.NDArray[np.uint8]:
+    """Vary the channels of a share of the crops, as if they came from other instruments; whole numbers of 8 bit again.
+
+    A channel is taken from another crop, shown as relief or as its negative (as in bright field), or made brighter or dimmer.
+    """
+    out = crops_NCHW.copy()
+    num, channels = out.shape[:2]
+    chosen = rng.random(num) < share
+    for channel in range(channels):
+        foreign = chosen & (rng.random(num) < 0.4)
+        out[foreign, channel] = crops_NCHW[rng.integers(0, num, foreign.sum()), channel]
+        kind, gain = rng.random(num), np.exp2(rng.uniform(-2.0, 1.0, num))
+        for index in np.flatnonzero(chosen):
+            plane = out[index, channel].astype(np.float32)
+            if kind[index] < 0.15:
+                plane = plane.mean() + 4.0 * (plane - ndimage.gaussian_filter(plane, 1.5)) + 64.0
+            elif kind[index] < 0.3:
+                plane = plane.max() - plane + 3.0
+            elif kind[index] < 0.65:
+                plane = (plane - 3.0) * gain[index] + 3.0
+            out[index, channel] = np.clip(np.round(plane), 0, 255)
+    return out
 
 
 def measured_rule(seed: int) -> IntensityRule:
@@ -104,8 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--preset", choices=("marker", "paper"), default="marker")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--crops", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--crops", type=int, default=26_000)
+    parser.add_argument("--varied-share", type=float, default=0.0, help="crops whose channels are varied one by one")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=42)
@@ -122,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = run_settings(arguments.preset, arguments, device)
     started = time.perf_counter()
     rule = measured_rule(arguments.seed) if arguments.preset == "marker" else IntensityRule("reference")
-    crops = training_crops(arguments.crops, arguments.seed)
+    crops = training_crops(arguments.crops, arguments.seed, varied_share=arguments.varied_share)
     print(f"{len(crops)} crops in {time.perf_counter() - started:.0f} s; {rule}", flush=True)
     trainer = DinoTrainer(settings, rule, device=device)
     source = ResidentCrops(crops, batch_size=settings.batch_size, seed=settings.seed, device=device)
@@ -137,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.teacher.backbone.compile(dynamic=False)
     provenance = {
         "made_by": "benchmarks/train_default_encoder.py",
-        "data": f"{arguments.crops} phantom crops, all kinds evenly, {PERMUTED_SHARE:.0%} with permuted channels",
+        "data": f"{arguments.crops} phantom crops, all kinds evenly, {PERMUTED_SHARE:.0%} with permuted channels, "
+        f"{arguments.varied_share:.0%} with channels of other crops, relief, negatives or other gains",
         "settings": dataclasses.asdict(settings),
     }
 
