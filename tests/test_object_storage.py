@@ -26,6 +26,7 @@ from ctc_ray.cohort import Cohort
 from ctc_ray.config import load_config
 from ctc_ray.errors import ConfigError, MissingInputError
 from ctc_ray.progress import Progress
+from ctc_ray.schema import DUPLICATES_SCHEMA
 from ctc_ray.storage import StorageError, Store, split_uri, without_secrets
 
 LARGE = bytes(12 * 2**20)
@@ -222,6 +223,9 @@ def test_cohort_on_s3_is_embedded_and_indexed(ray_cluster: None, s3: Any) -> Non
     cohort.add_patients({"007": "a", "Müller 3": "b"})
     for seed, patient in enumerate(cohort.patient_ids()):
         _beside("cells_cohort").add_patient(cohort, patient, draw_crops(10, seed=seed)[0], shards=2)
+        own = pl.from_arrow(cohort.read_columns(f"cells/{patient}", ["cell_id"]))
+        own = pl.DataFrame(own).with_columns(physical_id="cell_id")
+        cohort.store.write_table(cohort.duplicates_path(patient), own.to_arrow().cast(DUPLICATES_SCHEMA))
     config = load_config(None, ["embed.encoder=default", "embed.unit_cells=4", "index.encoder=default"])
     first = run_embed(config, cohort, progress=Progress(quiet=True))
     assert (first.units_computed, first.units_reused, first.counts["cells"]) == (8, 0, 20)

@@ -159,13 +159,14 @@ def test_lost_machine_is_done_without(tmp_path: Path) -> None:
     """Two machines of one processor each; the one without the driver is lost, and nothing takes its place."""
     cohort = small_cohort(tmp_path / "c", ROLES)
     config = ["pretrain.steps=300", "pretrain.num_workers=2", "pretrain.min_workers=1", "pretrain.batch_size=5"]
+    config.append("pretrain.max_failures=4")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
         "RAY_health_check_initial_delay_ms": "0",
         "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_failure_threshold": "10",
+        "RAY_health_check_failure_threshold": "25",  # seconds: a busy machine is not a lost one
     }
     script = ROOT / "tests" / "lost_machine.py"
     subprocess.run(
