@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +134,7 @@ class MappedPart:
     def __init__(self, path: Path, first: int) -> None:
         from safetensors import safe_open
 
-        self._file = safe_open(path, framework="numpy")
+        self._file = cast("Any", safe_open(path, framework="numpy"))  # its methods have no annotations
         self.sizes: Int64 = self._file.get_tensor("sizes")
         self._starts = _starts(self.sizes)
         self._first = first
@@ -191,7 +191,7 @@ def write_lists(empty: Any, sources: Sequence[ListSource], path: Path, *, num_pr
     Raises:
         SchemaError: this FAISS writes another format than the one known here.
     """
-    sizes = np.sum([source.sizes for source in sources], axis=0, dtype=np.int64)
+    sizes: Int64 = np.stack([source.sizes for source in sources]).sum(axis=0, dtype=np.int64)
     _set_direct_map(empty, sources, sizes)
     empty.nprobe = num_probes
     head = load_faiss().serialize_index(empty).tobytes()

@@ -212,8 +212,8 @@ def _build(settings: IndexConfig, cohort: Cohort, build: Build, progress: Progre
     added = {patient: identity for patient, identity in build.added.items() if patient not in refused}
     shards = [shard for shard in build.shards if shard.patient not in refused]
     if added:
-        call = (store, settings, build.kept, added, shards, build.kind, build.parts)
-        list(run_over(build_and_publish, [call], description="build the index", progress=progress))
+        last = (store, settings, build.kept, added, shards, build.kind, build.parts)
+        list(run_over(build_and_publish, [last], description="build the index", progress=progress))
     store.delete_folder(f"{cohort.index(settings.encoder)}/_parts")
     return len(refused)
 

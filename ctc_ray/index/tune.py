@@ -26,7 +26,8 @@ def recall_of(found_QK: npt.NDArray[np.float32], exact_QK: npt.NDArray[np.float3
     """
     last = exact_QK.min(axis=1, keepdims=True)
     hits = (found_QK >= last - _TIE).sum(axis=1)
-    return np.minimum(hits / exact_QK.shape[1], 1.0)
+    share: npt.NDArray[np.float64] = np.minimum(hits / exact_QK.shape[1], 1.0)
+    return share
 
 
 def tune(index: Any, target: float, *, num_queries: int = NUM_QUERIES, seed: int = _SEED) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def _exact(
     if hasattr(index, "nlist"):
         return _search(index, queries, positions, nearest, index.nlist)
     flat = load_faiss().downcast_index(index.storage)
-    return _similarities(flat, *flat.search(queries, nearest + 1), positions, nearest)
+    scores, found = flat.search(queries, nearest + 1)
+    return _similarities(flat, scores, found, positions, nearest)
 
 
 def _search(
