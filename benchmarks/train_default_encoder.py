@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--snapshot-every", type=int, default=100)
     parser.add_argument("--stop-at", type=int, default=None, help="stop before this step, and go on another time")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a quarter faster after three minutes")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both backbones; needs a C++ compiler")
     parser.add_argument("--publish", action="store_true")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -100,16 +101,16 @@ class ImageReader:
         return self._source.store, f"{folder}/{path}" if folder else path
 
 
-class NpzReader:
-    """One array (N, C, H, W) or (N, H, W, C) a file; only forward in the compressed stream."""
+class _FileReader(ABC):
+    """Reads the rows of files one after the other; a row or a file that cannot be read costs its own rows alone."""
+
+    unreadable: ClassVar[tuple[type[Exception], ...]]
+    """What reading a damaged file raises."""
 
     def __init__(self, source: Source, section: ImportCropsConfig) -> None:
         self._source, self._section = source, section
-        self._open = contextlib.ExitStack()
         self._file = ""
         self._layout: CropLayout | None = None
-        self._member: Any = None
-        self._start = 0
 
     def read(self, rows: pl.DataFrame) -> Iterator[Crop | CtcRayError]:
         """Yield each row's crop; see `CropReader`."""
@@ -120,9 +121,29 @@ class NpzReader:
                 yield self._crop(index)
             except CtcRayError as error:
                 yield error
-            except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+            except self.unreadable as error:
                 self._file = ""
                 yield CartridgeError(f"{self._source.store.describe(file)} cannot be read: {error}")
+
+    @abstractmethod
+    def _switch(self, file: str) -> None:
+        """Open another file and set `_file` and `_layout`."""
+
+    @abstractmethod
+    def _crop(self, index: int) -> Crop:
+        """Read one row of the open file."""
+
+
+class NpzReader(_FileReader):
+    """One array (N, C, H, W) or (N, H, W, C) a file; only forward in the compressed stream."""
+
+    unreadable = (OSError, EOFError, zipfile.BadZipFile, ValueError)
+
+    def __init__(self, source: Source, section: ImportCropsConfig) -> None:
+        super().__init__(source, section)
+        self._open = contextlib.ExitStack()
+        self._member: Any = None
+        self._start = 0
 
     def _switch(self, file: str) -> None:
         self._open.close()
@@ -147,32 +168,19 @@ class NpzReader:
         return layout.channels_first(crop.astype(dtype.newbyteorder("="), copy=False))
 
 
-class ParquetReader:
+class ParquetReader(_FileReader):
     """One column of crops a file; row groups are streamed, never held whole."""
 
+    unreadable = (pa.ArrowInvalid, OSError)
+
     def __init__(self, source: Source, section: ImportCropsConfig) -> None:
-        self._source, self._section = source, section
-        self._file = ""
-        self._layout: CropLayout | None = None
+        super().__init__(source, section)
         self._parquet: pq.ParquetFile | None = None
         self._ends: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._held: pa.Array | None = None
         self._first = 0
         """Row number of the first value held."""
-
-    def read(self, rows: pl.DataFrame) -> Iterator[Crop | CtcRayError]:
-        """Yield each row's crop; see `CropReader`."""
-        for file, index in rows.select("file", "source_row").iter_rows():
-            try:
-                if file != self._file:
-                    self._switch(file)
-                yield self._crop(index)
-            except CtcRayError as error:
-                yield error
-            except (pa.ArrowInvalid, OSError) as error:
-                self._file = ""
-                yield CartridgeError(f"{self._source.store.describe(file)} cannot be read: {error}")
 
     def _switch(self, file: str) -> None:
         self._layout, _ = layout_of(self._source, file, self._section)
