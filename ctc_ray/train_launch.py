@@ -102,7 +102,10 @@ class Workers:
 
 @dataclass
 class _Board:
-    """What the workers told: an actor beside the driver, since a full disk or a slow store must not swallow it."""
+    """What the workers told: an actor beside the driver, since a full disk or a slow store must not swallow it.
+
+    Training goes on without it: a lost board costs what it would have told.
+    """
 
     notes: int = 0
     step: int = 0
@@ -151,11 +154,15 @@ class Reports:
 
     def fail(self, error: CtcRayError) -> None:
         """Leave an error for the driver; returns when it has arrived."""
-        ray.get(self._board.fail.remote(type(error).__name__, str(error)))
+        with contextlib.suppress(ray.exceptions.RayError):  # then the driver finds it in what Ray Train says
+            ray.get(self._board.fail.remote(type(error).__name__, str(error)))
 
     def failed(self) -> bool:
-        """Whether a worker of this training left an error."""
-        return ray.get(self._board.read.remote())[-1] is not None
+        """Whether a worker of this training left an error; False where nobody can tell any more."""
+        try:
+            return ray.get(self._board.read.remote())[-1] is not None
+        except ray.exceptions.RayError:
+            return False
 
 
 def launch(
@@ -188,7 +195,8 @@ def launch(
     """
     from ray.train import TrainingFailedError
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Not `soft`: Ray may then take another machine, and the training would lose its board with that one.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0)(_Board).options(scheduling_strategy=here).remote()
     config = {"work": work, "plan": plan, "reports": Reports(board)}
     trainer = _trainer(config, workers, name, storage_path, datasets)

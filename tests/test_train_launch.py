@@ -13,7 +13,7 @@ import pytest
 from ctc_ray.errors import ConfigError, CtcRayError, ResourceError, WeightsError, named_error
 from ctc_ray.progress import Progress, Task
 from ctc_ray.storage import StorageError
-from ctc_ray.train_launch import Reports, Workers, launch
+from ctc_ray.train_launch import Reports, Workers, _Board, launch
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,21 @@ def test_killed_worker_is_started_again_as_often_as_max_failures_says(ray_cluste
     with pytest.raises(ResourceError, match=r"after 1 restarts.*run again"):
         run(tmp_path / "always", "die always", Workers(num_workers=1, max_failures=1))
     assert len(list((tmp_path / "always").glob("start-*"))) == 2
+
+
+@pytest.mark.ray
+def test_lost_board_costs_words_and_not_the_training(ray_cluster: None) -> None:
+    import ray
+
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    reports = Reports(board)
+    reports.fail(WeightsError("weights are not weights"))
+    assert reports.failed()
+    ray.kill(board)
+    assert not reports.failed()
+    reports.step(1, "step 1", now=True)
+    reports.warn("mind the gap")
+    reports.fail(WeightsError("weights are not weights"))
 
 
 @pytest.mark.ray
