@@ -124,7 +124,7 @@ def _cluster_evidence(
         return [], score_clusters(validation.labels, predictions, validation.clusters, convention)
     pooled = monte_carlo(state.features[state.labelled], state.answers, settings.mc_splits)
     truth, clusters = state.answers[pooled.rows], start.clusters[state.labelled[pooled.rows]]
-    scores = score_clusters(truth, pooled.predictions, clusters, convention)
+    scores = score_clusters(truth, pooled.predictions, clusters, convention, rows=pooled.rows)
     total = score(truth, pooled.predictions, convention, is_cluster=False)
     rows = [_row(trial, state, "mc", None, total), *(_row(trial, state, "mc", c, s) for c, s in scores.items())]
     return rows, scores

@@ -26,15 +26,21 @@ class Score:
         recall: TP / (TP + FN).
         precision: TP / (TP + FP).
         num_cells: cells (or predictions, where each cell is predicted many times) behind the scores.
+        error_rate: share of wrong predictions; 0 without cells.
+        num_distinct: different cells behind the scores.
     """
 
     f1: float | None
     recall: float | None
     precision: float | None
     num_cells: int
+    error_rate: float = 0.0
+    num_distinct: int = 0
 
 
-def score(labels: Labels, predictions: Labels, convention: Convention, *, is_cluster: bool) -> Score:
+def score(
+    labels: Labels, predictions: Labels, convention: Convention, *, is_cluster: bool, rows: Ints | None = None
+) -> Score:
     """Score predictions.
 
     Args:
@@ -42,21 +48,27 @@ def score(labels: Labels, predictions: Labels, convention: Convention, *, is_clu
         predictions: (N,) 0 or 1.
         convention: what an undefined score is.
         is_cluster: whether the cells are one cluster; the paper's 1 for clear clusters holds for those alone.
+        rows: (N,) which cell each prediction is of, where one can be predicted more than once; None: all are different.
 
     Source: reference implementation; departure under `null`: an F1 without true or predicted CTCs is no number.
     """
     true_positive = int(np.sum((labels == 1) & (predictions == 1)))
     positive, called, num = int(np.sum(labels == 1)), int(np.sum(predictions == 1)), len(labels)
+    wrong = (positive + called - 2 * true_positive) / num if num else 0.0
+    distinct = num if rows is None else len(np.unique(rows))
     if convention == "paper":
         if is_cluster and positive == 0 and called == 0:
-            return Score(1.0, 0.0, 0.0, num)
+            return Score(1.0, 0.0, 0.0, num, wrong, distinct)
         f1 = 2 * true_positive / (positive + called) if positive + called else 0.0
-        return Score(f1, true_positive / positive if positive else 0.0, true_positive / called if called else 0.0, num)
+        recall = true_positive / positive if positive else 0.0
+        return Score(f1, recall, true_positive / called if called else 0.0, num, wrong, distinct)
     return Score(
         2 * true_positive / (positive + called) if positive + called else None,
         true_positive / positive if positive else None,
         true_positive / called if called else None,
         num,
+        wrong,
+        distinct,
     )
 
 
@@ -66,6 +78,7 @@ def score_clusters(
     clusters: Ints,
     convention: Convention,
     cluster_ids: Sequence[int] | None = None,
+    rows: Ints | None = None,
 ) -> dict[int, Score]:
     """Score each cluster.
 
@@ -75,12 +88,14 @@ def score_clusters(
         clusters: (N,) cluster of each cell.
         convention: what an undefined score is.
         cluster_ids: clusters to score; None: those that occur, ascending.
+        rows: as in `score`.
     """
     wanted = [int(c) for c in np.unique(clusters)] if cluster_ids is None else list(cluster_ids)
     found = {}
     for cluster in wanted:
         inside = clusters == cluster
-        found[cluster] = score(labels[inside], predictions[inside], convention, is_cluster=True)
+        inside_rows = None if rows is None else rows[inside]
+        found[cluster] = score(labels[inside], predictions[inside], convention, is_cluster=True, rows=inside_rows)
     return found
 
 

@@ -11,11 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ctc_ray.errors import ConfigError
-from ctc_ray.hil.pools import Floats, Ints
+from ctc_ray.hil.blended import (
+    choose_badge,
+    choose_cluster_herding,
+    choose_cluster_margin,
+    choose_random_mix,
+    choose_uncertainty_herding,
+)
+from ctc_ray.hil.diverse import choose_k_center, choose_maxherding, choose_probcover, choose_typiclust
+from ctc_ray.hil.pools import Ints
+from ctc_ray.hil.quotas import cluster_deficit, members_of, share_out
 from ctc_ray.hil.state import LoopState
+from ctc_ray.hil.uncertain import choose_entropy, choose_margin, choose_qbc
 
 Choose = Callable[[LoopState, np.random.Generator], Ints]
 
@@ -45,18 +54,6 @@ def choose_random(state: LoopState, rng: np.random.Generator) -> Ints:
     return rng.choice(state.pool, min(state.count, len(state.pool)), replace=False)
 
 
-def choose_margin(state: LoopState, rng: np.random.Generator) -> Ints:
-    """Take the cells nearest to the classifier's border; ties in random order.
-
-    Source: Tong and Koller, Support vector machine active learning, JMLR 2:45 (2001), "simple margin".
-    """
-    shuffled = rng.permutation(state.pool)
-    if state.classifier is None:
-        raise ConfigError("the margin strategy needs a fitted classifier in the state")
-    distance = np.abs(state.classifier.decision_function(state.features[shuffled]))
-    return shuffled[np.argsort(distance, kind="stable")[: state.count]]
-
-
 def choose_cluster_f1(state: LoopState, rng: np.random.Generator) -> Ints:
     """Draw from clusters in proportion to 1 - F1, at random within a cluster.
 
@@ -66,53 +63,12 @@ def choose_cluster_f1(state: LoopState, rng: np.random.Generator) -> Ints:
     Source: paper, Methods (cluster-specific sampling); departures: quotas by largest remainder, redistribution of a short
     cluster's rest, clusters without evidence (the reference repeats cells, can fail, and never draws the last kind).
     """
-    members = {int(c): state.pool[state.clusters[state.pool] == c] for c in np.unique(state.clusters[state.pool])}
+    members = members_of(state)
     deficits = np.array([cluster_deficit(state, cluster) for cluster in members])
     available = np.array([len(cells) for cells in members.values()])
     quotas = share_out(state.count, deficits, available)
     drawn = [rng.choice(cells, quota, replace=False) for cells, quota in zip(members.values(), quotas, strict=True)]
     return np.concatenate(drawn) if drawn else np.empty(0, np.int64)
-
-
-def cluster_deficit(state: LoopState, cluster: int) -> float:
-    """How wrong a cluster is, 0 to 1: 1 - F1; 1 without evidence; 0 where there are neither CTCs nor calls."""
-    found = state.cluster_scores.get(cluster)
-    if found is None or found.num_cells == 0:
-        return 1.0
-    return 1.0 - found.f1 if found.f1 is not None else 0.0
-
-
-def share_out(count: int, weights: Floats, available: Ints) -> npt.NDArray[np.int64]:
-    """Split a number of cells over clusters in proportion to weights, within what each has.
-
-    Args:
-        count: cells to give out; less is given where there are fewer in all.
-        weights: (C,) not below zero.
-        available: (C,) cells of each cluster.
-
-    Returns:
-        (C,) int64 quotas with sum min(count, available.sum()), each at most what is available. Once all clusters of weight
-        above zero are empty, the rest is shared by what the others have.
-    """
-    quotas = np.zeros(len(available), np.int64)
-    left = min(count, int(available.sum()))
-    while left:
-        room = available - quotas
-        active = np.where(room > 0, weights, 0.0)
-        if active.sum() <= 0:
-            active = room.astype(np.float64)
-        given = np.minimum(_largest_remainder(left, active / active.sum()), room)
-        quotas += given
-        left -= int(given.sum())
-    return quotas
-
-
-def _largest_remainder(count: int, shares: Floats) -> npt.NDArray[np.int64]:
-    exact = count * shares
-    whole = np.floor(exact).astype(np.int64)
-    order = np.argsort(-(exact - whole), kind="stable")
-    whole[order[: count - int(whole.sum())]] += 1
-    return whole
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -121,6 +77,17 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("random", choose_random, False, "paper, Methods"),
         Strategy("cluster-f1", choose_cluster_f1, True, "paper, Methods, with the reference's faults mended"),
         Strategy("margin", choose_margin, False, "Tong and Koller, JMLR 2:45 (2001)"),
+        Strategy("entropy", choose_entropy, False, "Settles (2009), with probabilities by Platt (1999)"),
+        Strategy("qbc", choose_qbc, False, "Abe and Mamitsuka, ICML 1998"),
+        Strategy("k-center", choose_k_center, False, "Sener and Savarese, ICLR 2018"),
+        Strategy("typiclust", choose_typiclust, False, "Hacohen et al., ICML 2022"),
+        Strategy("probcover", choose_probcover, False, "Yehuda et al., NeurIPS 2022"),
+        Strategy("maxherding", choose_maxherding, False, "Bae et al., ECCV 2024"),
+        Strategy("uncertainty-herding", choose_uncertainty_herding, False, "Bae et al., ICLR 2025"),
+        Strategy("cluster-margin", choose_cluster_margin, False, "Citovsky et al., NeurIPS 2021"),
+        Strategy("badge", choose_badge, False, "Ash et al., ICLR 2020, with a linear head"),
+        Strategy("random-mix", choose_random_mix, False, "half margin, half random"),
+        Strategy("cluster-herding", choose_cluster_herding, True, "this project"),
     )
 }
 

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from ctc_ray.errors import ConfigError
 from ctc_ray.hil.pools import Problem
+from ctc_ray.hil.quotas import share_out
 from ctc_ray.hil.scores import Score
 from ctc_ray.hil.state import LoopState
-from ctc_ray.hil.strategies import STRATEGIES, choose_cluster_f1, choose_margin, share_out, strategy_named
+from ctc_ray.hil.strategies import STRATEGIES, choose_cluster_f1, strategy_named
 from ctc_ray.hil.svm import Classifier
+from ctc_ray.hil.uncertain import choose_margin
 
 
 def _state(problem: Problem, f1: dict[int, float | None], count: int = 30) -> LoopState:
