@@ -106,7 +106,8 @@ def _gradients(state: LoopState, cells: Ints) -> Floats:
     head = LogisticRegression(class_weight="balanced", max_iter=1_000)
     probability = head.fit(state.features[state.labelled], state.answers).predict_proba(features)[:, 1]
     residual = probability - (probability > 0.5)
-    return with_offset * residual[:, None]
+    gradients: Floats = with_offset * residual[:, None]
+    return gradients
 
 
 def choose_random_mix(state: LoopState, rng: np.random.Generator) -> Ints:

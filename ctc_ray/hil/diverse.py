@@ -79,11 +79,10 @@ def _by_typicality(features: Floats, members: Ints, num_labelled: int) -> list[i
     """Unlabelled rows among `members`, the most typical first: the smallest mean distance to neighbours in the cluster."""
     unlabelled = members[members >= num_labelled]
     if len(members) < 2 or len(unlabelled) == 0:
-        return unlabelled.tolist()
+        return [int(row) for row in unlabelled]
     count = min(TYPICAL_NEIGHBOURS, len(members) - 1)
     distance, _ = NearestNeighbors(n_neighbors=count + 1).fit(features[members]).kneighbors(features[unlabelled])
-    found: list[int] = unlabelled[np.argsort(distance.sum(axis=1), kind="stable")].tolist()
-    return found
+    return [int(row) for row in unlabelled[np.argsort(distance.sum(axis=1), kind="stable")]]
 
 
 def choose_probcover(state: LoopState, rng: np.random.Generator) -> Ints:

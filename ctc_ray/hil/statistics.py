@@ -30,7 +30,7 @@ def summarise(results: pl.DataFrame) -> pl.DataFrame:
     Raises:
         SchemaError: a column is missing.
     """
-    _check(results)
+    require_columns(results)
     return (
         results.group_by([*_ARM, "loop"])
         .agg(
@@ -99,7 +99,7 @@ def paired_differences(results: pl.DataFrame, baseline: str = "random") -> pl.Da
     Raises:
         SchemaError: a column is missing, or no row has the baseline strategy.
     """
-    _check(results)
+    require_columns(results)
     keys = ["scenario", "main_cluster", "split", "cluster", "loop", "seed"]
     reference = results.filter(pl.col("strategy") == baseline).select(*keys, pl.col("f1").alias("baseline_f1"))
     if reference.is_empty():
@@ -132,7 +132,7 @@ def area_under_curve(results: pl.DataFrame) -> pl.DataFrame:
     Raises:
         SchemaError: a column is missing.
     """
-    _check(results)
+    require_columns(results)
     rows = []
     groups = results.sort("loop").group_by([*_ARM, "run", "seed"], maintain_order=True)
     for key, group in groups:
@@ -154,7 +154,12 @@ def _mean_and_sd(values: dict[str, float | None]) -> str:
     return f"{mean:.3f}" if sd is None else f"{mean:.3f} ± {sd:.3f}"
 
 
-def _check(results: pl.DataFrame) -> None:
+def require_columns(results: pl.DataFrame) -> None:
+    """Check that a frame has the columns of `RESULTS_SCHEMA`.
+
+    Raises:
+        SchemaError: one is missing.
+    """
     missing = [name for name in RESULTS_SCHEMA.names if name not in results.columns]
     if missing:
         raise SchemaError(f"simulation results lack the columns {', '.join(missing)}: run `ctc-ray simulate` again")
