@@ -28,8 +28,8 @@ from ctc_ray.hil import loop
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.pools import Floats, Labels, Problem, cell_set
 from ctc_ray.hil.release import read_release
-from ctc_ray.hil.scenarios import PAPER_SEEDS, LoopSettings
 from ctc_ray.hil.scores import PooledPredictions, monte_carlo_seeds
+from ctc_ray.hil.settings import PAPER_SEEDS, LoopSettings
 from ctc_ray.progress import Progress
 from ctc_ray.storage import Store
 

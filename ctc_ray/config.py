@@ -422,7 +422,7 @@ class HilConfig(Section):
     map: Name = "map"
     """Which latent map; it stays as it is through all loops."""
     scenarios: Annotated[tuple[str, ...], Field(min_length=1)] = ("limited-global",)
-    """Scenarios to run: `limited-global`, `limited-local`."""
+    """Scenarios to run: `limited-global`, `limited-local`, `rare-positive`."""
     strategies: Annotated[tuple[str, ...], Field(min_length=1)] = ("random", "cluster-f1", "margin")
     """Strategies to compare."""
     main_clusters: tuple[int, ...] = ()
@@ -441,6 +441,12 @@ class HilConfig(Section):
     """Monte-Carlo splits that score the clusters. Source: reference implementation."""
     flip_rate: Fraction = 0.0
     """Share of the simulated expert's answers that are wrong."""
+    held_back: Fraction = 0.5
+    """Share of the training cells that `rare-positive` hides, to be found again."""
+    seconds_per_cell: Annotated[float, Field(gt=0)] = 3.0
+    """What a look at a cell takes. Source: paper, 100 cells in 5 minutes."""
+    budget_s: Annotated[float, Field(gt=0)] = 300.0
+    """Time of the expert in a loop of `rare-positive`. Source: paper."""
     max_concurrent: Count = operational(2)
     """Trials at a time, one processor each; raise it on a cluster."""
 

@@ -245,6 +245,18 @@ RESULTS_SCHEMA = pa.schema(
         ("num_train", pa.int32()),
     ]
 )
+TRIAL_SCHEMA = RESULTS_SCHEMA.append(pa.field("num_viewed", pa.int32()))
+"""Rows of one trial: its results, and how many cells the labeller had been asked about since the start."""
+EFFORT_SCHEMA = pa.schema(
+    [
+        *(
+            RESULTS_SCHEMA.field(name)
+            for name in ("scenario", "strategy", "main_cluster", "run", "seed", "loop", "num_train")
+        ),
+        pa.field("num_viewed", pa.int32()),
+        pa.field("minutes", pa.float64()),
+    ]
+)
 METRICS_SCHEMA = pa.schema(
     [
         ("split", pa.string()),

@@ -1,8 +1,8 @@
 """Is one strategy better than another, and by how much: figures of each run, paired by seed, with intervals and tests.
 
 Arms of one seed start from the same labels, so that differences are taken seed by seed. Every function takes the frame of
-`simulations/<name>/results.parquet` (columns of `RESULTS_SCHEMA`) or a frame of figures: columns scenario, strategy, main_cluster, run, seed
-and `value`.
+`simulations/<name>/results.parquet` (columns of `RESULTS_SCHEMA`) or a frame of figures: columns scenario, strategy, main_cluster, run,
+seed and `value`.
 """
 
 from __future__ import annotations

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ctc_ray.errors import ConfigError
 from ctc_ray.hil import faithful
-from ctc_ray.hil.labellers import Labeller, SimulatedLabeller
-from ctc_ray.hil.pools import Problem
-from ctc_ray.hil.scenarios import LoopSettings, Start, scenario_named
-from ctc_ray.hil.scores import Convention, Score, monte_carlo, score, score_clusters
+from ctc_ray.hil.evidence import held_out_predictions
+from ctc_ray.hil.labellers import NO_CLASS, Labeller, SimulatedLabeller
+from ctc_ray.hil.pools import Ints, Labels, Problem
+from ctc_ray.hil.scenarios import scenario_named
+from ctc_ray.hil.scores import Convention, Score, score, score_clusters
+from ctc_ray.hil.settings import LoopSettings, Search, Start
 from ctc_ray.hil.state import LoopState
 from ctc_ray.hil.strategies import Choose, strategy_named
 from ctc_ray.hil.svm import Classifier
@@ -28,7 +32,7 @@ class Trial:
     Attributes:
         scenario: name of the scenario.
         strategy: name of the strategy.
-        main_cluster: for limited-local; None otherwise.
+        main_cluster: for limited-local, and for rare-positive where it is not to choose itself; None otherwise.
         run: 1 for the first seed.
         seed: seed of the run.
     """
@@ -41,7 +45,7 @@ class Trial:
 
 
 Row = dict[str, Any]
-"""One row of `RESULTS_SCHEMA`."""
+"""One row of `TRIAL_SCHEMA`."""
 
 
 def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: Labeller | None = None) -> list[Row]:
@@ -54,13 +58,13 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
         labeller: who answers; None: the simulated expert, with `settings.flip_rate` wrong answers.
 
     Returns:
-        Rows of `RESULTS_SCHEMA`: for every loop from 0 the test scores per cluster and over all cells, and the Monte-Carlo scores
+        Rows of `TRIAL_SCHEMA`: for every loop from 0 the test scores per cluster and over all cells, and the Monte-Carlo scores
         (`split` mc) where they were computed. Same arguments, same rows.
 
     Raises:
         ConfigError: scenario, strategy or numbers do not fit the problem.
     """
-    start = scenario_named(trial.scenario)(problem, trial.strategy, trial.seed, trial.main_cluster, settings)
+    start = _start(problem, trial, settings, labeller)
     expert = labeller or SimulatedLabeller(problem.train.labels, settings.flip_rate, trial.seed)
     answers = expert.answer(start.labelled)
     known = answers >= 0
@@ -76,9 +80,56 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
         if loop == settings.loops:
             break
         told = state.with_evidence(classifier, cluster_scores, start.counts[loop])
-        chosen = choose(told, np.random.default_rng([trial.seed, _LOOP_STREAM, loop]))
-        state = state.with_labels(chosen, expert.answer(chosen), repeats=settings.mode == "faithful")
+        rng = np.random.default_rng([trial.seed, _LOOP_STREAM, loop])
+        if start.search is None:
+            chosen = choose(told, rng)
+            state = state.with_labels(chosen, expert.answer(chosen), repeats=settings.mode == "faithful")
+        else:
+            state = state.with_labels(*search_pool(told, start.search, choose, expert, rng))
     return rows
+
+
+def _start(problem: Problem, trial: Trial, settings: LoopSettings, labeller: Labeller | None) -> Start:
+    """The situation before the first loop; the random arm of a search is told how many cells the targeted arm found."""
+    start = scenario_named(trial.scenario)(problem, trial.strategy, trial.seed, trial.main_cluster, settings)
+    if start.search is None or start.search.cluster is not None:
+        return start
+    targeted = dataclasses.replace(trial, strategy="cluster-f1")
+    totals = [row for row in run_trial(problem, targeted, settings, labeller) if row["cluster"] is None]
+    labels = [int(row["num_train"]) for row in totals if row["split"] == "test"]
+    quotas = tuple(np.diff(labels).tolist())
+    return dataclasses.replace(start, search=dataclasses.replace(start.search, quotas=quotas))
+
+
+def search_pool(
+    state: LoopState, search: Search, choose: Choose, expert: Labeller, rng: np.random.Generator
+) -> tuple[Ints, Labels]:
+    """One loop of a search: which cells were looked at, and the answers that are learnt from.
+
+    Args:
+        state: with classifier and count.
+        search: where to look and what for.
+        choose: strategy for what to look at first.
+        expert: who answers.
+        rng: for the strategy.
+
+    Returns:
+        Positions (K,) in the order of looking, and answers (K,), `NO_CLASS` where a cell is not of the class that is looked for.
+    """
+    if state.classifier is None:
+        raise ConfigError("a search needs a fitted classifier in the state")
+    other = state.classifier.predict(state.features[state.pool]) != search.finds
+    inside = other if search.cluster is None else other & (state.clusters[state.pool] == search.cluster)
+    pool = state.pool[inside]
+    count = state.count if search.quotas is None else len(pool)
+    chosen = choose(dataclasses.replace(state, pool=pool, count=count), rng)
+    answers = expert.answer(chosen)
+    if search.quotas is not None:
+        enough = np.cumsum(answers == search.finds) >= search.quotas[state.loop]
+        stop = int(np.argmax(enough)) + 1 if enough.any() else len(chosen)
+        stop = stop if search.quotas[state.loop] else 0
+        chosen, answers = chosen[:stop], answers[:stop]
+    return chosen, np.where(answers == search.finds, answers, NO_CLASS).astype(np.int8)
 
 
 def check_trials(problem: Problem, trials: Sequence[Trial], settings: LoopSettings) -> None:
@@ -118,14 +169,15 @@ def _cluster_evidence(
     if not needed and not (settings.mode == "faithful" and trial.scenario == "limited-global"):
         return [], {}
     convention = _convention(settings)
-    validation = problem.validation
-    if settings.mode == "corrected" and validation is not None:
-        predictions = classifier.predict(validation.features)
-        return [], score_clusters(validation.labels, predictions, validation.clusters, convention)
-    pooled = monte_carlo(state.features[state.labelled], state.answers, settings.mc_splits)
-    truth, clusters = state.answers[pooled.rows], start.clusters[state.labelled[pooled.rows]]
-    scores = score_clusters(truth, pooled.predictions, clusters, convention, rows=pooled.rows)
-    total = score(truth, pooled.predictions, convention, is_cluster=False)
+    known = state.labelled
+    found = held_out_predictions(
+        problem, classifier, state.features[known], state.answers, start.clusters[known], settings
+    )
+    truth, predictions = found.truth, found.predictions
+    scores = score_clusters(truth, predictions, found.clusters, convention, rows=found.rows)
+    if not found.is_monte_carlo:
+        return [], scores
+    total = score(truth, predictions, convention, is_cluster=False)
     rows = [_row(trial, state, "mc", None, total), *(_row(trial, state, "mc", c, s) for c, s in scores.items())]
     return rows, scores
 
@@ -144,4 +196,5 @@ def _row(trial: Trial, state: LoopState, split: str, cluster: int | None, found:
         "recall": found.recall,
         "precision": found.precision,
         "num_train": len(state.labelled),
+        "num_viewed": state.num_viewed,
     }

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ctc_ray.hil.loop import Trial
-from ctc_ray.hil.scenarios import LoopSettings
+from ctc_ray.hil.settings import LoopSettings
 from ctc_ray.records import digest_of
 from ctc_ray.storage import Store
 

@@ -1,66 +1,23 @@
 """The paper's simulated experiments: which cells are labelled at the start, which can be drawn, and how many a loop.
 
 A scenario is set up once for each strategy and seed; the arms of one seed start from the same labels. `limited-global`
-starts with few labels from everywhere. `limited-local` lacks most labels of one cluster, the main cluster.
+starts with few labels from everywhere. `limited-local` lacks most labels of one cluster, the main cluster. `rare-positive` (in a module
+of its own) searches one region for the cells that the classifier misses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ctc_ray.errors import ConfigError
 from ctc_ray.hil import faithful
 from ctc_ray.hil.pools import Ints, Problem
+from ctc_ray.hil.rare_positive import rare_positive
+from ctc_ray.hil.settings import LoopSettings, Mode, Start
 
-Mode = Literal["faithful", "corrected"]
-PAPER_SEEDS = (164, 29, 7, 190, 71)
-"""Source: reference implementation (five numbers drawn from 1 to 199 with seed 42)."""
 _START_STREAM = 0x73746172
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """Numbers of a simulated experiment.
-
-    Attributes:
-        mode: `faithful` repeats the reference draw for draw, `corrected` mends its faults.
-        initial: labels before the first loop (limited-global).
-        per_loop: labels a loop (limited-global).
-        loops: loops.
-        mc_splits: Monte-Carlo splits that score the clusters.
-        flip_rate: share of wrong answers of the simulated labeller.
-    """
-
-    mode: Mode = "corrected"
-    initial: int = 100
-    per_loop: int = 100
-    loops: int = 4
-    mc_splits: int = 100
-    flip_rate: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Start:
-    """The situation before the first loop.
-
-    Attributes:
-        clusters: (N,) clusters of the training set as this scenario sees them.
-        labelled: (L,) positions that are labelled, in order.
-        pool: (P,) positions that can be drawn, in order.
-        counts: cells to draw in each loop.
-        within_pool: name of the strategy that chooses inside this pool.
-    """
-
-    clusters: Ints
-    labelled: Ints
-    pool: Ints
-    counts: tuple[int, ...]
-    within_pool: str
-
 
 SetUp = Callable[[Problem, str, int, int | None, LoopSettings], Start]
 
@@ -162,7 +119,11 @@ def _split(seed: int, members: Ints, mode: Mode) -> tuple[Ints, Ints]:
     return shuffled[:num_large], shuffled[num_large:]
 
 
-SCENARIOS: dict[str, SetUp] = {"limited-global": limited_global, "limited-local": limited_local}
+SCENARIOS: dict[str, SetUp] = {
+    "limited-global": limited_global,
+    "limited-local": limited_local,
+    "rare-positive": rare_positive,
+}
 
 
 def scenario_named(name: str) -> SetUp:

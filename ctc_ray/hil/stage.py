@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
+import polars as pl
 import pyarrow as pa
 
 from ctc_ray.cluster import connect
@@ -18,7 +19,8 @@ from ctc_ray.hil.loop import Trial, check_trials
 from ctc_ray.hil.parts import FOLDER, Parts
 from ctc_ray.hil.pools import BACKGROUND, Problem
 from ctc_ray.hil.release import ARRAYS, TABLES, read_release
-from ctc_ray.hil.scenarios import PAPER_SEEDS, LoopSettings, scenario_named
+from ctc_ray.hil.scenarios import scenario_named
+from ctc_ray.hil.settings import PAPER_SEEDS, LoopSettings
 from ctc_ray.hil.strategies import strategy_named
 from ctc_ray.progress import Progress
 from ctc_ray.records import (
@@ -33,11 +35,13 @@ from ctc_ray.records import (
     require_fresh,
     state_of,
 )
-from ctc_ray.schema import RESULTS_SCHEMA
+from ctc_ray.schema import EFFORT_SCHEMA, RESULTS_SCHEMA, TRIAL_SCHEMA
 from ctc_ray.storage import Store
 
 STAGE = "simulate"
 RESULTS = "results.parquet"
+EFFORT = "effort.parquet"
+"""Cells looked at and minutes, a row a run and loop (`EFFORT_SCHEMA`)."""
 CHECKS = "release_checks.json"
 
 
@@ -130,7 +134,8 @@ def _sweep_and_publish(config: RunConfig, source: _Source, identity: str, progre
         units_reused=done.reused,
         workers=done.workers,
     )
-    finished = publish(source.store, source.folder, {RESULTS: table, **_checks(source)}, record)
+    files = {RESULTS: table.select(RESULTS_SCHEMA.names), EFFORT: _effort(table, settings.seconds_per_cell)}
+    finished = publish(source.store, source.folder, {**files, **_checks(source)}, record)
     source.store.delete_folder(f"{source.folder}/{FOLDER}")
     return finished
 
@@ -156,7 +161,8 @@ def plan_simulate(
 
 def loop_settings(config: HilConfig) -> LoopSettings:
     """Numbers of the experiment, for the kernel."""
-    return LoopSettings(config.mode, config.initial, config.per_loop, config.loops, config.mc_splits, config.flip_rate)
+    names = [field.name for field in fields(LoopSettings)]
+    return LoopSettings(**{name: getattr(config, name) for name in names})
 
 
 def seeds_of(config: HilConfig) -> tuple[int, ...]:
@@ -226,11 +232,18 @@ def _checks(source: _Source) -> dict[str, bytes]:
 
 
 def _gather(store: Store, paths: list[str]) -> pa.Table:
-    tables = [store.read_table(path).cast(RESULTS_SCHEMA) for path in paths]
+    tables = [store.read_table(path).cast(TRIAL_SCHEMA) for path in paths]
     table = pa.concat_tables(tables)
     if table.num_rows == 0:
         raise SchemaError("the simulations gave no rows")
     return table
+
+
+def _effort(table: pa.Table, seconds_per_cell: float) -> pa.Table:
+    """One row a run and loop: how many cells the labeller had looked at, and how long that takes."""
+    rows = pl.DataFrame(pl.from_arrow(table)).filter(pl.col("cluster").is_null() & (pl.col("split") == "test"))
+    minutes = (pl.col("num_viewed") * seconds_per_cell / 60.0).alias("minutes")
+    return rows.with_columns(minutes).select(EFFORT_SCHEMA.names).to_arrow().cast(EFFORT_SCHEMA)
 
 
 def _result(source: _Source, counts: dict[str, int], *, computed: int, reused: int, seconds: float) -> StageResult:

@@ -27,6 +27,7 @@ class LoopState:
         pool: (P,) int64 positions that can be drawn, in a fixed order; none of them is labelled.
         seed: seed of the run.
         loop: 0 before the first draw.
+        num_viewed: cells that the labeller has been asked about since the start, those without a class too.
         count: cells to choose now.
         classifier: fitted on the labelled cells; None before it is.
         cluster_scores: estimate per cluster for strategies that ask for it; empty otherwise.
@@ -39,6 +40,7 @@ class LoopState:
     pool: Ints
     seed: int
     loop: int = 0
+    num_viewed: int = 0
     count: int = 0
     classifier: Classifier | None = None
     cluster_scores: dict[int, Score] = dataclasses.field(default_factory=dict)
@@ -87,6 +89,7 @@ class LoopState:
             answers=np.concatenate([self.answers, answers[known]]).astype(np.int8),
             pool=self.pool[~np.isin(self.pool, chosen)],
             loop=self.loop + 1,
+            num_viewed=self.num_viewed + len(chosen),
             count=0,
             classifier=None,
             cluster_scores={},

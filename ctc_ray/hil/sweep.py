@@ -23,7 +23,7 @@ from ctc_ray.hil.parts import Parts
 from ctc_ray.hil.pools import Problem
 from ctc_ray.progress import Progress, Task
 from ctc_ray.records import WorkerTally
-from ctc_ray.schema import RESULTS_SCHEMA
+from ctc_ray.schema import TRIAL_SCHEMA
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _run_and_write(config: dict[str, Any], problem: Problem, parts: Parts) -> No
     except errors.CtcRayError as error:
         tune.report({"node": node, "pid": pid, "kind": type(error).__name__, "message": str(error)})
         return
-    parts.store.write_table(parts.path(trial), pa.Table.from_pylist(rows, schema=RESULTS_SCHEMA))
+    parts.store.write_table(parts.path(trial), pa.Table.from_pylist(rows, schema=TRIAL_SCHEMA))
     tune.report({"node": node, "pid": pid, "kind": "", "message": ""})
 
 

@@ -14,8 +14,8 @@ from ctc_ray.hil import faithful
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.pools import Problem
 from ctc_ray.hil.release import read_release
-from ctc_ray.hil.scenarios import PAPER_SEEDS, LoopSettings
 from ctc_ray.hil.scores import Score
+from ctc_ray.hil.settings import PAPER_SEEDS, LoopSettings
 from ctc_ray.hil.state import LoopState
 from ctc_ray.storage import Store
 

@@ -14,9 +14,10 @@ from sklearn.svm import SVC
 from ctc_ray.errors import ConfigError, LabelError, SchemaError
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.pools import Problem, cell_set
-from ctc_ray.hil.scenarios import LoopSettings, limited_global, limited_local
+from ctc_ray.hil.scenarios import limited_global, limited_local
+from ctc_ray.hil.settings import LoopSettings
 from ctc_ray.hil.strategies import STRATEGIES
-from ctc_ray.schema import RESULTS_SCHEMA
+from ctc_ray.schema import TRIAL_SCHEMA
 
 _SMALL = LoopSettings(initial=30, per_loop=20, loops=3, mc_splits=8)
 _FAITHFUL = dataclasses.replace(_SMALL, mode="faithful")
@@ -30,7 +31,7 @@ def _frame(problem: Problem, strategy: str, settings: LoopSettings = _SMALL, see
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_run_trial_gives_the_result_columns_with_growing_labels_for_every_loop(problem: Problem, strategy: str) -> None:
     frame = _frame(problem, strategy)
-    assert frame.columns == RESULTS_SCHEMA.names
+    assert frame.columns == TRIAL_SCHEMA.names
     test = frame.filter(pl.col("split") == "test")
     assert test.height == 4 * 5  # loops 0 to 3, four clusters and all cells
     totals = test.filter(pl.col("cluster").is_null()).sort("loop")

@@ -26,7 +26,7 @@ from ctc_ray.hil.cohort_pools import read_inputs, read_problem
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.parts import Parts
 from ctc_ray.hil.pools import Problem
-from ctc_ray.hil.scenarios import LoopSettings
+from ctc_ray.hil.settings import LoopSettings
 from ctc_ray.hil.stage import loop_settings, plan_simulate, plan_trials, run_simulate, seeds_of
 from ctc_ray.progress import Progress
 from ctc_ray.records import Record, State, publish, read_record
@@ -280,8 +280,16 @@ def test_run_simulate_killed_release_sweep_goes_on_and_equals_an_uninterrupted_o
 
 
 def test_loop_settings_carries_every_number_of_the_config() -> None:
-    settings = loop_settings(_config("hil.flip_rate=0.1", "hil.mode=faithful").hil)
+    changed = (
+        "hil.flip_rate=0.1",
+        "hil.mode=faithful",
+        "hil.held_back=0.3",
+        "hil.seconds_per_cell=2",
+        "hil.budget_s=60",
+    )
+    settings = loop_settings(_config(*changed).hil)
     assert dataclasses.asdict(settings) == {
         **{"mode": "faithful", "initial": 30, "per_loop": 20},
         **{"loops": 2, "mc_splits": 5, "flip_rate": 0.1},
+        **{"held_back": 0.3, "seconds_per_cell": 2.0, "budget_s": 60.0},
     }

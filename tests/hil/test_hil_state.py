@@ -9,7 +9,7 @@ from ctc_ray.errors import ConfigError, RoleLeakError
 from ctc_ray.hil.labellers import NO_CLASS, ByCellId, SimulatedLabeller
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.pools import Problem
-from ctc_ray.hil.scenarios import LoopSettings
+from ctc_ray.hil.settings import LoopSettings
 from ctc_ray.hil.state import LoopState
 from ctc_ray.labels.labeller import SimulatedExpert
 
