@@ -16,15 +16,20 @@ Convention = Literal["null", "paper"]
 
 
 def ctc_scores(
-    truth_N: npt.NDArray[np.integer], predicted_N: npt.NDArray[np.integer], *, convention: Convention = "null"
+    truth_N: npt.NDArray[np.integer],
+    predicted_N: npt.NDArray[np.integer],
+    *,
+    convention: Convention = "null",
+    is_cluster: bool = True,
 ) -> dict[str, Any]:
     """Score predictions, CTC positive.
 
     Args:
         truth_N: (N,) 1 for CTC, 0 for all else.
         predicted_N: (N,) likewise.
-        convention: `null` leaves what has no value undefined; `paper` takes 0 for a division by zero, and 1 where neither
-            truth nor prediction holds a CTC (but some cell).
+        convention: `null` leaves what has no value undefined; `paper` takes 0 for a division by zero, but an F1 of 1 for a
+            cluster in which neither truth nor prediction holds a CTC (but some cell).
+        is_cluster: whether the cells are one cluster.
 
     Returns:
         `f1`, `recall`, `precision` (float or None), `num_cells`, `num_ctc`, and `reason`, which says why a value is None.
@@ -50,8 +55,9 @@ def ctc_scores(
     }
     reason = _reason(len(truth), num_ctc, num_predicted)
     if convention == "paper" and len(truth):
-        empty = 1.0 if num_ctc + num_predicted == 0 else 0.0
-        values = {name: empty if value is None else value for name, value in values.items()}
+        values = {name: 0.0 if value is None else value for name, value in values.items()}
+        if is_cluster and num_ctc + num_predicted == 0:
+            values["f1"] = 1.0
         reason = None
     return {**values, "num_cells": len(truth), "num_ctc": num_ctc, "reason": reason}
 
@@ -94,7 +100,8 @@ def metrics_rows(
     Raises:
         LabelError: as `ctc_scores`.
     """
-    rows = [{"split": split, "cluster": None, **ctc_scores(truth_N, predicted_N, convention=convention)}]
+    total = ctc_scores(truth_N, predicted_N, convention=convention, is_cluster=False)
+    rows = [{"split": split, "cluster": None, **total}]
     for cluster in sorted({*np.unique(clusters_N).tolist(), *all_clusters}):
         here = np.asarray(clusters_N) == cluster
         scores = ctc_scores(np.asarray(truth_N)[here], np.asarray(predicted_N)[here], convention=convention)
