@@ -29,6 +29,11 @@ def operational(default: Any, **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **constraints)
 
 
+def neutral(default: Any, **constraints: Any) -> Any:
+    """Declare a field that is no part of an identity at its default, so that outputs made before it existed stay complete."""
+    return Field(default, json_schema_extra={"neutral": True}, **constraints)
+
+
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are refused."""
 
@@ -39,7 +44,9 @@ class Section(BaseModel):
         values = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("operational"):
+            if not isinstance(extra, dict):
+                continue
+            if extra.get("operational") or (extra.get("neutral") and getattr(self, name) == field.default):
                 values.pop(name)
         return values
 
@@ -322,6 +329,16 @@ class EmbedConfig(Section):
     """Whether each actor gets a GPU."""
 
 
+FAST_MAP: Mapping[str, Any] = {
+    "umap_neighbors": 30,
+    "placing_epochs": 30,
+    "max_fit_cells": 20_000,
+    "backend": "auto",
+}
+"""What `map.profile=fast` sets where nothing else is given; `benchmarks/latent_map.py` measures it against `paper`.
+Source of the 30 epochs: umap-learn's number for batches of more than 10,000 cells."""
+
+
 class MapConfig(Section):
     """Latent map: PCA, UMAP, HDBSCAN."""
 
@@ -329,6 +346,9 @@ class MapConfig(Section):
     """Folder below `latent/<encoder>/`."""
     encoder: Name = "dino"
     """Which embeddings."""
+    profile: Literal["paper", "fast"] = operational("paper")
+    """`paper`: the defaults below; `fast`: other defaults, for a million cells (see docs/latent_map.md). It acts only through
+    the settings below, and settings that are given win over it."""
     pca_dim: Count = 32
     """Principal components. Source: paper, Methods."""
     umap_neighbors: Annotated[int, Field(ge=2)] = 200
@@ -350,6 +370,24 @@ class MapConfig(Section):
     cluster_with: Literal["test_and_pool", "pool"] = "test_and_pool"
     """Cells that HDBSCAN sees: the reference clusters labelled test and unlabelled training cells together; `pool` leaves
     the test patients out."""
+    placing_epochs: Annotated[int, Field(ge=1, le=1000)] = neutral(100)
+    """Steps of gradient descent by which a new cell finds its place. Source: umap-learn, for batches of up to 10,000 cells."""
+    backend: Literal["cpu", "cuml", "auto"] = neutral("cpu")
+    """What fits UMAP: `cpu` umap-learn; `cuml` cuML on a GPU (extra `rapids`); `auto` cuML where both are there. Cells are placed
+    by the same code in all three."""
+    unit_cells: Count = operational(10_000)
+    """Cells a unit of placing: what a killed run places again at most, per worker."""
+    max_failure_fraction: Fraction = operational(0.1)
+    """Patients whose embeddings cannot be placed are set aside; more than this share ends the stage."""
+    compare_with: Name | None = operational(None)
+    """Another map of the same encoder: how well the two agree is written to `agreement/<that map>/` beside this one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_profile(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("profile") == "fast":
+            return {**FAST_MAP, **given}
+        return given
 
 
 class LabelsConfig(Section):
@@ -388,6 +426,39 @@ class TrainConfig(Section):
     """Folds of the probability calibration."""
     seed: int = 42
     """Seed of the folds."""
+    undefined: Literal["null", "paper"] = neutral("null")
+    """What `metrics.parquet` holds where F1, recall or precision has no value: `null` and a reason, or as the `paper`, 0 for a
+    division by zero and 1 for a cluster in which neither truth nor prediction holds a CTC."""
+    compare_models: bool = operational(default=False)
+    """Whether to write `model_comparison.parquet` too: SVM, logistic regression and nearest neighbours, tuned and not."""
+
+    @field_validator("undefined", mode="before")
+    @classmethod
+    def _null_of_yaml(cls, undefined: Any) -> Any:
+        return "null" if undefined is None else undefined
+
+
+class FilterNoiseConfig(Section):
+    """Noise filter: cells that are artefacts, told from all others."""
+
+    name: Name = "svm"
+    """Folder below `classifiers/`; the filter lies in its folder `noise`."""
+    encoder: Name = "dino"
+    """Which embeddings."""
+    per_class: Annotated[int, Field(ge=10)] = 400
+    """Artefacts, and as many other cells, that it is trained on at most. Source: reference implementation."""
+    pca_dim: Count = 32
+    """Principal components, fitted on these cells. Source: reference implementation."""
+    svm_c: Annotated[float, Field(gt=0)] = 1.0
+    """Source: reference implementation."""
+    calibration_folds: Annotated[int, Field(ge=2)] = 5
+    """Folds of the probability calibration."""
+    seed: int = 42
+    """Seed of the draw and of the folds."""
+    unit_cells: Count = operational(50_000)
+    """Cells a unit of work: what a killed run scores again at most, per worker."""
+    max_failure_fraction: Fraction = operational(0.1)
+    """Patients whose embeddings cannot be scored are set aside; more than this share ends the stage."""
 
 
 class IndexConfig(Section):
@@ -538,6 +609,7 @@ class RunConfig(Section):
     map: MapConfig = MapConfig()
     labels: LabelsConfig = LabelsConfig()
     train: TrainConfig = TrainConfig()
+    filter_noise: FilterNoiseConfig = FilterNoiseConfig()
     index: IndexConfig = IndexConfig()
     hil: HilConfig = HilConfig()
     detect: DetectConfig = DetectConfig()

@@ -83,3 +83,23 @@ def test_paper_configuration_carries_the_papers_values() -> None:
     )
     assert (config.hil.initial, config.hil.per_loop, config.hil.loops, config.hil.mc_splits) == (100, 100, 4, 100)
     assert (config.phantom.patients, config.phantom.fields) == (90, 175)
+
+
+def test_fast_map_fills_what_is_not_given_and_given_settings_win(tmp_path: Path) -> None:
+    fast = load_config(None, ["map.profile=fast", "map.umap_neighbors=50"]).map
+    assert (fast.umap_neighbors, fast.max_fit_cells, fast.placing_epochs) == (50, 20_000, 30)
+    file = tmp_path / "config.yaml"
+    file.write_text("map: {profile: fast, max_fit_cells: 7000}\n")
+    assert load_config(file).map.max_fit_cells == 7000
+    assert load_config(file, ["map.profile=paper"]).map.umap_neighbors == 200
+    assert fast.identity() != RunConfig().map.identity()
+    same = {name: value for name, value in fast.model_dump().items() if name != "profile"}
+    assert type(fast)(**same).identity() == fast.identity()
+
+
+def test_neutral_settings_enter_an_identity_only_away_from_their_default() -> None:
+    assert load_config(None, ["train.undefined=null"]).train.identity() == RunConfig().train.identity()
+    paper = load_config(None, ["train.undefined=paper", "train.compare_models=true"]).train
+    assert paper.identity() == {**RunConfig().train.identity(), "undefined": "paper"}
+    assert load_config(None, ["map.placing_epochs=30"]).map.identity()["placing_epochs"] == 30
+    assert load_config(None, ["map.backend=cpu", "map.profile=paper"]).map.identity() == RunConfig().map.identity()

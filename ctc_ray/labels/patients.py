@@ -19,6 +19,7 @@ def run_over(
     description: str,
     progress: Progress | None = None,
     names: Sequence[str] = (),
+    num_gpus: int = 0,
 ) -> Iterator[tuple[int, Result]]:
     """Call `function(*arguments[i])` for every i, in other processes where Ray is connected.
 
@@ -28,12 +29,13 @@ def run_over(
         description: what the progress line says.
         progress: where progress goes; None: nowhere.
         names: what each call works on, for the progress line.
+        num_gpus: GPUs that Ray gives each call; the cluster must have as many, or the calls wait for ever.
 
     Yields:
         (i, result) as calls finish. An error of the function ends the iteration, with the remaining calls cancelled.
     """
     with (progress or Progress(quiet=True)).task(description, len(arguments)) as task:
-        results = _in_ray(function, arguments) if ray_is_connected() else _here(function, arguments)
+        results = _in_ray(function, arguments, num_gpus) if ray_is_connected() else _here(function, arguments)
         for index, result in results:
             _advance(task, names, index)
             yield index, result
@@ -62,12 +64,14 @@ def _single_threaded(function: Callable[..., Result], *values: Any) -> Result:
         return function(*values)
 
 
-def _in_ray(function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Result]]:
+def _in_ray(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], num_gpus: int
+) -> Iterator[tuple[int, Result]]:
     """Ray tasks of one CPU each, so many in flight as the cluster has CPUs (and two more, so that none waits)."""
     import ray
     from ray.exceptions import RayTaskError
 
-    remote = ray.remote(num_cpus=1, max_retries=3)(_single_threaded)
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=3)(_single_threaded)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     limit = int(resources.get("CPU", 1)) + 2
     waiting = list(enumerate(arguments))[::-1]

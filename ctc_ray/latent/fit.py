@@ -91,6 +91,7 @@ def fit_map(cohort: Cohort, config: MapConfig, roles: Mapping[str, str], labels:
 
     Raises:
         SchemaError: too few cells, or embeddings that are not finite.
+        ResourceError: cuML is asked for and is not there.
     """
     train = _ids(cohort, config.encoder, [name for name, role in roles.items() if role == "train"])
     test = _ids(cohort, config.encoder, [name for name, role in roles.items() if role == "test"])
@@ -101,7 +102,12 @@ def fit_map(cohort: Cohort, config: MapConfig, roles: Mapping[str, str], labels:
     pca = PrincipalComponents.fit(vectors[plane_rows], config.pca_dim)
     scores = pca.transform(vectors)
     plane = UmapPlane.fit(
-        scores[plane_rows], num_neighbors=config.umap_neighbors, min_dist=config.umap_min_dist, seed=config.umap_seed
+        scores[plane_rows],
+        num_neighbors=config.umap_neighbors,
+        min_dist=config.umap_min_dist,
+        seed=config.umap_seed,
+        placing_epochs=config.placing_epochs,
+        backend=config.backend,
     )
     places = np.full((len(ids), 2), np.nan, np.float32)
     places[plane_rows] = plane.points
@@ -151,7 +157,8 @@ def _summary(
     if clusters.num_clusters == 0:
         shrunk.append("HDBSCAN found no cluster: every cell is background (-1)")
     return {
-        "used": {name: used for name, (_, used) in asked.items()},
+        "used": {name: used for name, (_, used) in asked.items()}
+        | {"backend": plane.backend, "placing_epochs": plane.placing_epochs},
         "notes": [*sets.notes, *shrunk],
         "num_clusters": clusters.num_clusters,
         "cluster_sizes": [int((clusters.labels == number).sum()) for number in range(-1, clusters.num_clusters)],

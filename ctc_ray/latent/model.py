@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ctc_ray.errors import MissingInputError, SchemaError
 from ctc_ray.latent.cluster import Clusters
+from ctc_ray.latent.placement import NUM_EPOCHS
 from ctc_ray.latent.reduce import Float32, PrincipalComponents, UmapPlane
 from ctc_ray.records import digest_of
 from ctc_ray.schema import latent_schema
@@ -101,6 +102,8 @@ class LatentMap:
                 points=self.plane.points,
                 kernel=np.array([self.plane.a, self.plane.b]),
                 num_neighbors=np.array(self.plane.num_neighbors),
+                placing_epochs=np.array(self.plane.placing_epochs),
+                backend=np.array(self.plane.backend),
                 cell_id=self.plane_ids.astype("S"),
                 seed=np.array(self.seed),
             ),
@@ -125,6 +128,8 @@ class LatentMap:
             *(self.clusters.points, self.clusters.labels, np.array(self.seed)),
             *(self.plane_ids.astype("S"), self.cluster_ids.astype("S")),
         ]
+        if self.plane.placing_epochs != NUM_EPOCHS:  # maps older than this setting keep their digest
+            parts.append(np.array(self.plane.placing_epochs))
         return digest_of(b"".join(np.ascontiguousarray(part).tobytes() + str(part.shape).encode() for part in parts))
 
 
@@ -173,7 +178,15 @@ def load_map(store: Store, folder: str) -> LatentMap:
     cluster_size, samples = (int(value) for value in clusters["sizes"])
     return LatentMap(
         pca=load_pca(store, folder),
-        plane=UmapPlane(umap["scores"], umap["points"], a, b, int(umap["num_neighbors"])),
+        plane=UmapPlane(
+            umap["scores"],
+            umap["points"],
+            a,
+            b,
+            int(umap["num_neighbors"]),
+            int(umap.get("placing_epochs", NUM_EPOCHS)),
+            str(umap.get("backend", "cpu")),
+        ),
         clusters=Clusters(clusters["points"], clusters["labels"], cluster_size, samples),
         plane_ids=umap["cell_id"].astype("U"),
         cluster_ids=clusters["cell_id"].astype("U"),

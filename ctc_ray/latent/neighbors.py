@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-_CHUNK_VALUES = 8_000_000
-"""Distances held at a time: 32 MB of float32."""
+_CHUNK_VALUES = 4_000_000
+"""Differences held at a time while distances are worked out: 32 MB of float64."""
+_SPARE = 8
+"""Candidates beyond k: among distances that are equal in float32 the float64 ones decide."""
 
 
 def nearest(
@@ -20,28 +22,27 @@ def nearest(
         k: neighbours, at least 1.
 
     Returns:
-        Indices (N, k) and distances (N, k), nearest first; equal distances by smaller index. Candidates come from a float32
-        matrix product, their distances are then computed in float64 from differences, so that they do not depend on
-        how many queries are asked at once.
+        Indices (N, k) and distances (N, k), nearest first; equal distances by smaller index. Candidates come from FAISS, which
+        compares with every point in float32; their distances are then computed in float64 from differences, so that
+        they do not depend on how many queries are asked at once.
     """
+    import faiss
+
     points = np.ascontiguousarray(points_MD, np.float32)
     queries = np.ascontiguousarray(queries_ND, np.float32)
-    squares = np.einsum("md,md->m", points, points)
+    index = faiss.IndexFlatL2(points.shape[1])
+    index.add(points)
+    candidates = min(k + _SPARE, len(points))
     indices = np.empty((len(queries), k), np.int32)
     distances = np.empty((len(queries), k), np.float32)
-    step = max(1, _CHUNK_VALUES // max(1, len(points)))
+    step = max(1, _CHUNK_VALUES // (candidates * points.shape[1]))
     for start in range(0, len(queries), step):
         block = queries[start : start + step]
-        scores = squares[None, :] - 2.0 * (block @ points.T)
-        near = np.argpartition(scores, k - 1, axis=1)[:, :k] if k < len(points) else _all_columns(scores)
+        _, near = index.search(block, candidates)
         near.sort(axis=1)
         exact = points[near].astype(np.float64) - block[:, None, :]
         length = np.sqrt(np.einsum("nkd,nkd->nk", exact, exact))
-        order = np.argsort(length, axis=1, kind="stable")
+        order = np.argsort(length, axis=1, kind="stable")[:, :k]
         indices[start : start + step] = np.take_along_axis(near, order, axis=1)
         distances[start : start + step] = np.take_along_axis(length, order, axis=1)
     return indices, distances
-
-
-def _all_columns(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-    return np.tile(np.arange(scores.shape[1], dtype=np.intp), (len(scores), 1))

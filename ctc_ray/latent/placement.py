@@ -6,8 +6,8 @@ batch's size, so that a cell's place depends on its company; and its fitted obje
 alone, from arrays. A cell gets the same place in any batch, on any worker, after any reload.
 
 Source: umap-learn 0.5.12, `UMAP.transform`, `smooth_knn_dist` with local connectivity 0, `init_graph_transform` and
-`optimize_layout_euclidean`. Departures: a cell's weights are scaled by its own largest, always 100 epochs, one random stream
-for every cell.
+`optimize_layout_euclidean`. Departures: a cell's weights are scaled by its own largest, the number of epochs does not depend on
+the batch, one random stream for every cell.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 NUM_EPOCHS = 100
-"""umap-learn's number for batches of up to 10,000 cells."""
+"""umap-learn's number for batches of up to 10,000 cells; for larger ones it takes 30."""
 _TOLERANCE = 1e-5
 _MIN_SCALE = 1e-3
 
@@ -63,6 +63,7 @@ def settle(
     b: float,
     *,
     seed: int = 42,
+    num_epochs: int = NUM_EPOCHS,
 ) -> npt.NDArray[np.float32]:
     """Move each cell from the weighted mean of its neighbours to where attraction and repulsion balance.
 
@@ -73,6 +74,7 @@ def settle(
         a: kernel parameter.
         b: kernel parameter.
         seed: of the repulsion samples.
+        num_epochs: steps of gradient descent.
 
     Returns:
         (N, 2) float32.
@@ -84,7 +86,7 @@ def settle(
     same = weights_NK[:, 0] >= 1.0
     places[same] = fitted_M2[indices_NK[same, 0]]
     state = np.uint32((seed * 2654435761 + 1) % (2**32 - 1) + 1)
-    _descent()(places, indices_NK, weights_NK, np.ascontiguousarray(fitted_M2), a, b, state, NUM_EPOCHS)
+    _descent()(places, indices_NK, weights_NK, np.ascontiguousarray(fitted_M2), a, b, state, num_epochs)
     return places
 
 

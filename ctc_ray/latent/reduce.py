@@ -11,8 +11,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ctc_ray.errors import SchemaError
+from ctc_ray.latent.backend import Backend, fit_by_cuml, resolve_backend
 from ctc_ray.latent.neighbors import nearest
-from ctc_ray.latent.placement import neighbour_weights, settle
+from ctc_ray.latent.placement import NUM_EPOCHS, neighbour_weights, settle
 
 Float32 = npt.NDArray[np.float32]
 _SHARE_OF_FIT = 10
@@ -91,6 +92,8 @@ class UmapPlane:
         a: first parameter of the low-dimensional kernel 1 / (1 + a d^2b).
         b: second parameter.
         num_neighbors: neighbours used, after `neighbors_for`.
+        placing_epochs: steps by which a new cell finds its place.
+        backend: what fitted it, `cpu` or `cuml`.
     """
 
     scores: Float32
@@ -98,9 +101,20 @@ class UmapPlane:
     a: float
     b: float
     num_neighbors: int
+    placing_epochs: int = NUM_EPOCHS
+    backend: str = "cpu"
 
     @classmethod
-    def fit(cls, scores_MP: Float32, *, num_neighbors: int, min_dist: float, seed: int) -> UmapPlane:
+    def fit(
+        cls,
+        scores_MP: Float32,
+        *,
+        num_neighbors: int,
+        min_dist: float,
+        seed: int,
+        placing_epochs: int = NUM_EPOCHS,
+        backend: Backend = "cpu",
+    ) -> UmapPlane:
         """Fit to PCA scores (M, P), M >= 3.
 
         Args:
@@ -108,9 +122,12 @@ class UmapPlane:
             num_neighbors: as wished; `neighbors_for` bounds it.
             min_dist: as UMAP's.
             seed: makes UMAP single-threaded.
+            placing_epochs: steps by which a new cell finds its place.
+            backend: `cpu` umap-learn, `cuml` cuML, `auto` cuML where it and a GPU are there.
 
         Raises:
             SchemaError: fewer than three cells.
+            ResourceError: `cuml` is asked for and is not there.
 
         Source: reference, 2-d, n_neighbors 200, min_dist 0.8, learning rate 1, Euclidean, seed 42. Departures: neighbours
         are exact at any size, and a neighbour graph of several components starts from PCA, since UMAP's own start for that
@@ -119,29 +136,11 @@ class UmapPlane:
         if len(scores_MP) < 3:
             raise SchemaError(f"UMAP needs at least three cells, there are {len(scores_MP)}: label more training cells")
         neighbors = neighbors_for(len(scores_MP), num_neighbors)
-        indices, distances = nearest(scores_MP, scores_MP, neighbors)
-        _own_first(indices, distances)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # UMAP remarks on the seed, on the missing search index and on small sets
-            from umap import UMAP
-
-            model = UMAP(
-                n_components=2,
-                n_neighbors=neighbors,
-                min_dist=min_dist,
-                metric="euclidean",
-                init=_start(indices),
-                random_state=seed,
-                n_jobs=1,
-                precomputed_knn=(indices, distances),
-            ).fit(scores_MP)
-        return cls(
-            np.ascontiguousarray(scores_MP, np.float32),
-            np.ascontiguousarray(model.embedding_, np.float32),
-            float(model._a),
-            float(model._b),
-            neighbors,
-        )
+        scores = np.ascontiguousarray(scores_MP, np.float32)
+        used = resolve_backend(backend)
+        fitted = fit_by_cuml if used == "cuml" else _fit_by_umap_learn
+        points, a, b = fitted(scores, neighbors, min_dist, seed)
+        return cls(scores, points, a, b, neighbors, placing_epochs, used)
 
     def place(self, scores_NP: Float32, *, seed: int = 42) -> Float32:
         """Places (N, 2) of PCA scores (N, P).
@@ -153,8 +152,31 @@ class UmapPlane:
             block = scores_NP[start : start + _PLACING_CHUNK]
             indices, distances = nearest(block, self.scores, self.num_neighbors)
             weights = neighbour_weights(distances)
-            places[start : start + len(block)] = settle(indices, weights, self.points, self.a, self.b, seed=seed)
+            places[start : start + len(block)] = settle(
+                indices, weights, self.points, self.a, self.b, seed=seed, num_epochs=self.placing_epochs
+            )
         return places
+
+
+def _fit_by_umap_learn(scores_MP: Float32, neighbors: int, min_dist: float, seed: int) -> tuple[Float32, float, float]:
+    """Places (M, 2) and the two kernel parameters."""
+    indices, distances = nearest(scores_MP, scores_MP, neighbors)
+    _own_first(indices, distances)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # UMAP remarks on the seed, on the missing search index and on small sets
+        from umap import UMAP
+
+        model = UMAP(
+            n_components=2,
+            n_neighbors=neighbors,
+            min_dist=min_dist,
+            metric="euclidean",
+            init=_start(indices),
+            random_state=seed,
+            n_jobs=1,
+            precomputed_knn=(indices, distances),
+        ).fit(scores_MP)
+    return np.ascontiguousarray(model.embedding_, np.float32), float(model._a), float(model._b)
 
 
 def neighbors_for(num_cells: int, wished: int) -> int:

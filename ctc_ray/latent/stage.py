@@ -1,4 +1,4 @@
-"""The map stage: fit once, then place every embedded patient, one task a patient."""
+"""The map stage: fit once, then place every embedded patient, slice by slice."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import MapConfig, RunConfig
-from ctc_ray.errors import MissingInputError, StaleOutputError
+from ctc_ray.errors import MissingInputError, ResourceError, StaleOutputError
 from ctc_ray.labels.consensus import digest_labels, read_labels
-from ctc_ray.labels.patients import process_identity, run_over
-from ctc_ray.latent.embeddings import embedded_patients, iterate_shards
+from ctc_ray.labels.patients import process_identity, ray_is_connected, run_over
+from ctc_ray.latent.by_unit import PatientJob, run_by_unit
+from ctc_ray.latent.embeddings import Float32, embedded_patients
 from ctc_ray.latent.fit import fit_map
 from ctc_ray.latent.model import SUMMARY_FILE, LatentMap, load_map
 from ctc_ray.progress import Progress
@@ -56,6 +57,8 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
         MissingInputError: no training patient, or a training or test patient without embeddings.
         StaleOutputError: the map, or a patient's place on it, was made otherwise, and `force` is not set.
         SchemaError: too few cells to fit on.
+        ResourceError: cuML is asked for and is not there.
+        TooManyFailuresError: more patients than `map.max_failure_fraction` could not be placed; all others are.
     """
     started = time.monotonic()
     settings = config.map
@@ -69,25 +72,50 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
     refit = plan.state is not State.COMPLETE or (force and plan.labels_changed)
     if refit:
         call = (cohort.store, settings, plan.roles, plan.labels.to_arrow(), plan.identity, plan.labels_digest)
-        list(run_over(fit_and_publish, [call], description="fit PCA, UMAP, HDBSCAN", progress=progress))
+        gpus = _gpus_of_fit(settings, cohort)
+        list(run_over(fit_and_publish, [call], description="fit PCA, UMAP, HDBSCAN", progress=progress, num_gpus=gpus))
     digest = models_digest(cohort, settings)
     units = _units(cohort, settings, digest)
     todo = [patient for patient, (_, state) in units.items() if state is not State.COMPLETE]
     _refuse_stale([patient for patient in todo if units[patient][1] is State.STALE], cohort, folder, force=force)
-    calls = [(cohort.store, settings, patient, digest, units[patient][0]) for patient in todo]
-    cells = sum(
-        number
-        for _, number in run_over(place_patient, calls, description="place patients", progress=progress, names=todo)
+    jobs = [_job(cohort, settings, patient, digest, units[patient][0]) for patient in todo]
+    placed = run_by_unit(
+        cohort,
+        jobs,
+        place_cells,
+        (folder, digest),
+        unit_cells=settings.unit_cells,
+        max_failure_fraction=settings.max_failure_fraction,
+        description="place cells",
+        progress=progress,
     )
     summary = cohort.store.read_json(f"{folder}/{SUMMARY_FILE}")
     return StageResult(
         stage=STAGE,
-        units_computed=len(todo),
+        units_computed=len(todo) - len(placed.set_aside),
         units_reused=len(units) - len(todo),
-        counts={"cells": cells, "clusters": int(summary["num_clusters"]), "fits": int(refit)},
+        set_aside=len(placed.set_aside),
+        counts={"cells": placed.cells, "clusters": int(summary["num_clusters"]), "fits": int(refit)},
         paths=(folder,),
         seconds=time.monotonic() - started,
     )
+
+
+def _gpus_of_fit(config: MapConfig, cohort: Cohort) -> int:
+    """GPUs that the fit asks Ray for; raises ResourceError where cuML is asked for and the cluster has none."""
+    if config.backend == "cpu" or not ray_is_connected():
+        return 0
+    import ray
+
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if there.get("GPU", 0.0) >= 1.0:
+        return 1
+    if config.backend == "cuml":
+        raise ResourceError(
+            f"map.backend=cuml needs a GPU, and the Ray cluster that maps {cohort.store.uri} has none: add a machine with one, "
+            "or set map.backend=cpu"
+        )
+    return 0
 
 
 def _refuse_stale(stale: list[str], cohort: Cohort, folder: str, *, force: bool) -> None:
@@ -217,31 +245,21 @@ def _loaded(store_uri: str, folder: str, digest: str) -> LatentMap:
     return load_map(Store(store_uri), folder)
 
 
-def place_patient(store: Store, config: MapConfig, patient: str, digest: str, identity: str) -> int:
-    """Place one patient's cells, shard by shard, and write its record; returns the number of cells. Runs on a worker."""
-    started = time.monotonic()
-    cohort = Cohort(store)
-    folder = cohort.latent_cells(config.encoder, config.name, patient)
-    latent_map = _loaded(store.address, cohort.latent(config.encoder, config.name), digest)
-    files = {
-        name: latent_map.table(ids, patient, vectors)
-        for name, ids, vectors in iterate_shards(cohort, config.encoder, patient)
-    }
-    cells = sum(int(table.num_rows) for table in files.values())
-    node, pid = process_identity()
-    record = Record(
-        stage=STAGE,
-        unit=patient,
-        identity=identity,
-        config={},
-        inputs={"map": digest, "embeddings": embedded_patients_identity(cohort, config.encoder, patient)},
-        counts={"cells": cells},
-        seconds=time.monotonic() - started,
-        units_computed=len(files),
-        workers=[{"node": node, "pid": pid, "units": len(files)}],
+def place_cells(
+    store: Store, patient: str, cell_ids: list[str], vectors_ND: Float32, folder: str, digest: str
+) -> pa.Table:
+    """Place a slice of a patient's cells on the map of a folder. Runs on a worker."""
+    return _loaded(store.address, folder, digest).table(cell_ids, patient, vectors_ND)
+
+
+def _job(cohort: Cohort, config: MapConfig, patient: str, digest: str, identity: str) -> PatientJob:
+    """What placing one patient reads, writes and records."""
+    inputs = {"map": digest, "embeddings": embedded_patients_identity(cohort, config.encoder, patient)}
+    return PatientJob(
+        source=cohort.embeddings(config.encoder, patient),
+        output=cohort.latent_cells(config.encoder, config.name, patient),
+        record=Record(stage=STAGE, unit=patient, identity=identity, config={}, inputs=inputs),
     )
-    publish(store, folder, files, record)
-    return cells
 
 
 def embedded_patients_identity(cohort: Cohort, encoder: str, patient: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +14,19 @@ import pytest
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import LabelsConfig, MapConfig, RunConfig
-from ctc_ray.errors import MissingInputError, SchemaError, StaleOutputError
+from ctc_ray.errors import (
+    MissingInputError,
+    ResourceError,
+    SchemaError,
+    StaleOutputError,
+    TooManyFailuresError,
+)
 from ctc_ray.labels.consensus import read_labels
 from ctc_ray.labels.simulated import simulate_expert
 from ctc_ray.latent.embeddings import read_selected, read_shard
 from ctc_ray.latent.model import load_map, load_pca
-from ctc_ray.latent.stage import models_digest, plan_map, run_map
-from ctc_ray.records import State, read_record
+from ctc_ray.latent.stage import models_digest, place_cells, plan_map, run_map
+from ctc_ray.records import State, read_failures, read_record
 
 CONFIG = RunConfig(labels=LabelsConfig(per_patient=80), map=MapConfig(pca_dim=6, umap_neighbors=20))
 FOLDER = "latent/dino/map"
@@ -165,14 +172,111 @@ def test_map_of_a_handful_of_cells_is_refused(tmp_path: Path, mixture: ModuleTyp
         run_map(CONFIG, made.cohort)
 
 
+def sliced(unit_cells: int, **settings: Any) -> RunConfig:
+    return CONFIG.model_copy(update={"map": CONFIG.map.model_copy(update={"unit_cells": unit_cells, **settings})})
+
+
+def test_cells_placed_in_slices_equal_those_placed_whole(copied: Cohort) -> None:
+    before = cells_of(copied, "P5")
+    names = copied.shards(f"{FOLDER}/cells/P5")
+    copied.store.delete(f"{FOLDER}/cells/P5/_record.json")
+    assert run_map(sliced(9), copied).units_computed == 1
+    assert cells_of(copied, "P5").drop("umap_x", "umap_y", "pca").equals(before.drop("umap_x", "umap_y", "pca"))
+    np.testing.assert_allclose(cells_of(copied, "P5")["umap_y"], before["umap_y"], atol=1e-3)
+    assert copied.shards(f"{FOLDER}/cells/P5") == names
+    record = read_record(copied.store, f"{FOLDER}/cells/P5")
+    assert record is not None
+    assert (record.units_computed, record.counts["cells"]) == (18, 160)
+    assert not copied.store.list_files(f"{FOLDER}/cells/P5/_parts", recursive=True)
+
+
+def test_killed_placing_goes_on_with_the_slices_that_are_missing(
+    copied: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied.store.delete(f"{FOLDER}/cells/P5/_record.json")
+    calls = 0
+
+    def stop_after_three(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise KeyboardInterrupt
+        return place_cells(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ctc_ray.latent.stage.place_cells", stop_after_three)
+        with pytest.raises(KeyboardInterrupt):
+            run_map(sliced(40), copied)
+    assert read_record(copied.store, f"{FOLDER}/cells/P5") is None
+    assert run_map(sliced(40), copied).units_computed == 1
+    record = read_record(copied.store, f"{FOLDER}/cells/P5")
+    assert record is not None
+    assert (record.units_computed, record.units_reused) == (1, 3)
+    assert cells_of(copied, "P5").height == 160
+
+
+def test_patient_with_unreadable_embeddings_is_set_aside_and_the_others_are_placed(copied: Cohort) -> None:
+    for patient in ("P5", "P6"):
+        copied.store.delete(f"{FOLDER}/cells/{patient}/_record.json")
+    path = "embeddings/dino/P5/part-001.parquet"
+    good = copied.store.read_bytes(path)
+    copied.store.write_bytes(path, b"no parquet at all" + good[17:-4] + b"XXXX")
+    with pytest.raises(TooManyFailuresError, match=r"1 of 2 patients.*'P5'.*Parquet"):
+        run_map(CONFIG, copied)
+    assert read_record(copied.store, f"{FOLDER}/cells/P6") is not None
+    copied.store.delete(f"{FOLDER}/cells/P6/_record.json")
+    result = run_map(sliced(50, max_failure_fraction=0.5), copied)
+    assert (result.units_computed, result.set_aside) == (1, 1)
+    assert read_failures(copied.store, "map")["unit"].to_list() == ["P5"]
+    copied.store.write_bytes(path, good)
+    assert run_map(CONFIG, copied).set_aside == 0
+    assert read_failures(copied.store, "map").is_empty()
+
+
+def test_fast_map_is_fitted_on_a_sample_and_says_what_it_used(copied: Cohort) -> None:
+    given = {"profile": "fast", "name": "quick", "pca_dim": 6, "max_fit_cells": 110}
+    config = RunConfig(map=MapConfig.model_validate(given))
+    assert run_map(config, copied).units_computed == 6
+    summary = copied.store.read_json("latent/dino/quick/map.json")
+    assert summary["used"]["placing_epochs"] == 30
+    assert summary["used"]["backend"] == "cpu"
+    assert summary["num_plane_cells"] == 110
+    made, paper = load_map(copied.store, "latent/dino/quick"), load_map(copied.store, FOLDER)
+    assert (made.plane.placing_epochs, paper.plane.placing_epochs) == (30, 100)
+    assert made.digest() == summary["models"]
+
+
+def test_map_written_before_the_fast_profile_keeps_its_digest(mapped: Any) -> None:
+    latent_map = load_map(mapped.cohort.store, FOLDER)
+    with np.load(io.BytesIO(mapped.cohort.store.read_bytes(f"{FOLDER}/models/umap.npz"))) as file:
+        arrays = {name: file[name] for name in file.files if name not in ("placing_epochs", "backend")}
+    older = io.BytesIO()
+    np.savez(older, **arrays)
+    mapped.cohort.store.write_bytes("older/models/umap.npz", older.getvalue())
+    for name in ("models/clusters.npz", "models/pca.safetensors", "map.json"):
+        mapped.cohort.store.write_bytes(f"older/{name}", mapped.cohort.store.read_bytes(f"{FOLDER}/{name}"))
+    assert load_map(mapped.cohort.store, "older").digest() == latent_map.digest()
+    assert set(CONFIG.map.identity()) == {
+        *("name", "encoder", "pca_dim", "umap_neighbors", "umap_min_dist", "umap_seed", "hdbscan_min_cluster_size"),
+        *("hdbscan_min_samples", "hdbscan_selection", "hdbscan_epsilon", "max_fit_cells", "cluster_with"),
+    }
+
+
 @pytest.mark.ray
 def test_map_placed_by_ray_equals_one_process(copied: Cohort, ray_cluster: None) -> None:
     before = {patient: cells_of(copied, patient) for patient in copied.patient_ids()}
     for patient in copied.patient_ids():
         copied.store.delete(f"{FOLDER}/cells/{patient}/_record.json")
-    assert run_map(CONFIG, copied).units_computed == 6
+    assert run_map(sliced(50), copied).units_computed == 6
     for patient, cells in before.items():
         np.testing.assert_allclose(cells_of(copied, patient)["umap_x"], cells["umap_x"], atol=1e-3)
         record = read_record(copied.store, f"{FOLDER}/cells/{patient}")
         assert record is not None
+        assert record.units_computed == 4
         assert record.workers[0]["node"] != "local"
+
+
+@pytest.mark.ray
+def test_cuml_on_a_cluster_without_gpu_is_refused_before_it_waits(copied: Cohort, ray_cluster: None) -> None:
+    with pytest.raises(ResourceError, match=r"needs a GPU.*map\.backend=cpu"):
+        run_map(sliced(50, name="other", backend="cuml"), copied)
