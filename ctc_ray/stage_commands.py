@@ -249,11 +249,7 @@ def map_command(
 
 @app.command()
 def train(
-    cohort: CohortUri,
-    config: ConfigFile = None,
-    set_: Overrides = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    cohort: CohortUri, config: ConfigFile = None, set_: Overrides = None, force: Force = False, dry_run: DryRun = False
 ) -> None:
     """Train the classifier on the labelled cells; F1 per cluster on the test patients."""
     from ctc_ray.classify.stage import plan_train, run_train
@@ -264,6 +260,26 @@ def train(
         lambda s: run_train(s.config, s.cohort, force=s.force, progress=s.progress),
         lambda s: plan_train(s.config, s.cohort),
         needs_ray=False,
+    )
+
+
+@app.command("filter-noise")
+def filter_noise(
+    cohort: CohortUri,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the noise filter on cells labelled artefact, and score every cell with it."""
+    from ctc_ray.classify.noise_stage import plan_filter_noise, run_filter_noise
+
+    _stage(
+        cohort,
+        (config, set_, address, force, dry_run),
+        lambda s: run_filter_noise(s.config, s.cohort, force=s.force, progress=s.progress),
+        lambda s: plan_filter_noise(s.config, s.cohort),
     )
 
 
@@ -368,12 +384,7 @@ def compare(
 
 
 @app.command()
-def report(
-    cohort: CohortUri,
-    config: ConfigFile = None,
-    set_: Overrides = None,
-    dry_run: DryRun = False,
-) -> None:
+def report(cohort: CohortUri, config: ConfigFile = None, set_: Overrides = None, dry_run: DryRun = False) -> None:
     """Write the HTML report from whatever has been computed."""
     from ctc_ray.report.stage import plan_report, run_report
 

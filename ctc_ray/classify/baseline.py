@@ -83,7 +83,9 @@ def train_on_pixels(
     )
     predicted = (classifier.probability_of_features(features) >= THRESHOLD).astype(np.int8)
     summary = store.read_json(f"{cohort.latent(config.encoder, config.map)}/{SUMMARY_FILE}")
-    rows = score_rows(frame.with_columns(predicted=pl.Series(predicted)), int(summary["num_clusters"]))
+    rows = score_rows(
+        frame.with_columns(predicted=pl.Series(predicted)), int(summary["num_clusters"]), config.undefined
+    )
     counts = {f"{role}_cells": int((frame["role"] == role).sum()) for role in (TRAIN_ROLE, *SCORED_ROLES)}
     node, pid = process_identity()
     record = Record(

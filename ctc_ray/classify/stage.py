@@ -11,7 +11,8 @@ import polars as pl
 import pyarrow as pa
 
 from ctc_ray.classify.labelled import SCORED_ROLES, TRAIN_ROLE, LabelledCells, labelled_cells
-from ctc_ray.classify.metrics import metrics_rows, metrics_table
+from ctc_ray.classify.metrics import Convention, metrics_rows, metrics_table
+from ctc_ray.classify.model_comparison import COMPARISON_FILE, compare_models, comparison_table
 from ctc_ray.classify.svm import MODEL_FILE, THRESHOLD, Classifier
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig, TrainConfig
@@ -20,7 +21,17 @@ from ctc_ray.labels.patients import process_identity, run_over
 from ctc_ray.latent.embeddings import vectors_of
 from ctc_ray.latent.model import SUMMARY_FILE, load_pca
 from ctc_ray.progress import Progress
-from ctc_ray.records import PlanRow, Record, StageResult, State, identity_of, publish, require_fresh, state_of
+from ctc_ray.records import (
+    PlanRow,
+    Record,
+    StageResult,
+    State,
+    identity_of,
+    publish,
+    read_record,
+    require_fresh,
+    state_of,
+)
 from ctc_ray.storage import Store
 
 STAGE = "train"
@@ -61,6 +72,8 @@ def run_train(
     found = train_inputs(settings, cohort)
     folder = cohort.classifier(settings.name)
     state = require_fresh(cohort.store, folder, found.identity, force=force)
+    if state is State.COMPLETE and lacks_comparison(settings, cohort):
+        state = State.ABSENT
     if state is not State.COMPLETE:
         call = (cohort.store, settings, found.cells.frame.to_arrow(), found.inputs, found.identity)
         list(run_over(train_and_publish, [call], description="train the classifier", progress=progress))
@@ -73,12 +86,20 @@ def plan_train(config: RunConfig, cohort: Cohort) -> list[PlanRow]:
     """Say whether the classifier would be trained; raises as `run_train`, but for stale output."""
     found = train_inputs(config.train, cohort)
     state = state_of(cohort.store, cohort.classifier(config.train.name), found.identity)
+    if state is State.COMPLETE and lacks_comparison(config.train, cohort):
+        return [PlanRow(config.train.name, State.ABSENT, f"{COMPARISON_FILE} is not there: trained again, with it")]
     why = {
         State.ABSENT: f"not trained: {found.cells.of(TRAIN_ROLE).height} labelled training cells",
         State.STALE: "trained with other settings, labels or another map: needs --force",
         State.COMPLETE: "trained on these labels",
     }
     return [PlanRow(config.train.name, state, why[state])]
+
+
+def lacks_comparison(config: TrainConfig, cohort: Cohort) -> bool:
+    """Whether the comparison of models is wanted and a finished classifier has none; the same training then makes both."""
+    record = read_record(cohort.store, cohort.classifier(config.name))
+    return config.compare_models and (record is None or COMPARISON_FILE not in record.files)
 
 
 def train_inputs(config: TrainConfig, cohort: Cohort) -> TrainInputs:
@@ -120,7 +141,9 @@ def train_and_publish(
         seed=config.seed,
     )
     predicted = (classifier.probability_of_features(_features(frame)) >= THRESHOLD).astype(np.int8)
-    rows = score_rows(frame.with_columns(predicted=pl.Series(predicted)), _num_clusters(cohort, config))
+    rows = score_rows(
+        frame.with_columns(predicted=pl.Series(predicted)), _num_clusters(cohort, config), config.undefined
+    )
     counts = {f"{role}_cells": int((frame["role"] == role).sum()) for role in (TRAIN_ROLE, *SCORED_ROLES)}
     counts["train_ctc"] = int(train["is_ctc"].sum())
     node, pid = process_identity()
@@ -136,6 +159,10 @@ def train_and_publish(
         workers=[{"node": node, "pid": pid, "units": 1}],
     )
     files = {MODEL_FILE: classifier.to_bytes(), METRICS_FILE: metrics_table(rows)}
+    if config.compare_models:
+        files[COMPARISON_FILE] = comparison_table(
+            compare_models(frame, _features(frame), convention=config.undefined, seed=config.seed)
+        )
     publish(store, cohort.classifier(config.name), files, record)
     return counts
 
@@ -171,12 +198,16 @@ def _num_clusters(cohort: Cohort, config: TrainConfig) -> int:
     return int(summary["num_clusters"])
 
 
-def score_rows(frame: pl.DataFrame, num_clusters: int) -> list[dict[str, Any]]:
-    """Metrics of each scored role that has labels; columns role, is_ctc, predicted, cluster are read."""
+def score_rows(frame: pl.DataFrame, num_clusters: int, convention: Convention = "null") -> list[dict[str, Any]]:
+    """Metrics of each scored role that has labels; columns role, is_ctc, predicted, cluster are read.
+
+    A cluster without a labelled cell has null in both conventions.
+    """
     rows = []
     for role in SCORED_ROLES:
         part = frame.filter(pl.col("role") == role)
         if part.height:
             truth, predicted, clusters = (part[name].to_numpy() for name in ("is_ctc", "predicted", "cluster"))
-            rows += metrics_rows(role, truth, predicted, clusters, all_clusters=range(-1, num_clusters))
+            known = range(-1, num_clusters)
+            rows += metrics_rows(role, truth, predicted, clusters, all_clusters=known, convention=convention)
     return rows

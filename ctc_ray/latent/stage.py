@@ -15,6 +15,7 @@ from ctc_ray.errors import MissingInputError, ResourceError, StaleOutputError
 from ctc_ray.labels.consensus import digest_labels, read_labels
 from ctc_ray.labels.patients import process_identity, ray_is_connected, run_over
 from ctc_ray.latent.by_unit import PatientJob, run_by_unit
+from ctc_ray.latent.comparison import compare_with_other
 from ctc_ray.latent.embeddings import Float32, embedded_patients
 from ctc_ray.latent.fit import fit_map
 from ctc_ray.latent.model import SUMMARY_FILE, LatentMap, load_map
@@ -45,7 +46,7 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
     """Fit the latent map if there is none, and place the patients that are not on it yet.
 
     Args:
-        config: section `map`.
+        config: section `map`; with `compare_with` the agreement with another map is written too.
         cohort: embedded, and split into roles; labels if there are any.
         force: fit again where settings, fitted patients or labels changed, and place again where embeddings did.
         progress: where progress goes.
@@ -54,7 +55,7 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
         Patients placed and reused; counts: cells placed, clusters, fits made.
 
     Raises:
-        MissingInputError: no training patient, or a training or test patient without embeddings.
+        MissingInputError: no training patient, or a training or test patient without embeddings; or no map of `compare_with`.
         StaleOutputError: the map, or a patient's place on it, was made otherwise, and `force` is not set.
         SchemaError: too few cells to fit on.
         ResourceError: cuML is asked for and is not there.
@@ -89,6 +90,7 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
         description="place cells",
         progress=progress,
     )
+    compared = compare_with_other(settings, cohort, progress=progress)
     summary = cohort.store.read_json(f"{folder}/{SUMMARY_FILE}")
     return StageResult(
         stage=STAGE,
@@ -96,7 +98,7 @@ def run_map(config: RunConfig, cohort: Cohort, *, force: bool = False, progress:
         units_reused=len(units) - len(todo),
         set_aside=len(placed.set_aside),
         counts={"cells": placed.cells, "clusters": int(summary["num_clusters"]), "fits": int(refit)},
-        paths=(folder,),
+        paths=(folder,) if compared is None else (folder, compared),
         seconds=time.monotonic() - started,
     )
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ctc_ray.config import RunConfig
+from ctc_ray.report.agreement import MapAgreement
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ReportData:
         outlines: `latent_points.cluster_outlines`.
         clusters: `frames.cluster_frame`.
         examples: cells of each cluster to show: cluster, rank, cell_id, patient, role, label, probability.
+        agreement: how the clusters agree with another map's; the page says nothing where no other was compared.
         hil: `frames.hil_frame`.
         table1: `frames.table1_frame`.
         ppv: PPV table of `compare`, the last row the total.
@@ -48,6 +50,7 @@ class ReportData:
     outlines: pl.DataFrame | None = None
     clusters: pl.DataFrame | None = None
     examples: pl.DataFrame | None = None
+    agreement: MapAgreement | None = None
     hil: pl.DataFrame | None = None
     table1: pl.DataFrame | None = None
     ppv: pl.DataFrame | None = None
@@ -69,6 +72,8 @@ class ReportData:
             "cluster_outlines": self.outlines,
             "clusters": self.clusters,
             "cluster_examples": self.examples,
+            "map_agreement": None if self.agreement is None else self.agreement.shared,
+            "map_agreement_cells": None if self.agreement is None else self.agreement.cells,
             "hil_f1": self.hil,
             "table1": self.table1,
             "table2": self.ppv,

@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from ctc_ray.records import digest_of
-from ctc_ray.report import galleries, methods, sections
+from ctc_ray.report import agreement, galleries, methods, sections
 from ctc_ray.report.data import ReportData
 from ctc_ray.report.figures import map_payload
 from ctc_ray.report.markup import Section
@@ -25,6 +25,7 @@ def build_sections(data: ReportData) -> list[Section]:
         sections.headline(data),
         sections.flow(data),
         sections.latent_map(data),
+        *([] if data.agreement is None else [agreement.map_agreement(data.agreement)]),
         galleries.cluster_gallery(data),
         sections.clusters(data),
         sections.learning_curves(data),

@@ -27,6 +27,7 @@ from ctc_ray.records import (
     state_of,
 )
 from ctc_ray.report import frames
+from ctc_ray.report.agreement import agreement_identity, read_agreement
 from ctc_ray.report.data import ReportData
 from ctc_ray.report.figures import real_field_png
 from ctc_ray.report.galleries import MAX_COMPARED_CELLS, model_only
@@ -117,6 +118,7 @@ def report_inputs(config: RunConfig, cohort: Cohort, real_field: RealField | Non
         ("patients", digest_of(cohort.patients().write_csv().encode())),
         ("failures", digest_of(frames.failures_frame(cohort).write_csv().encode())),
         ("real_field", real_field.digest() if real_field is not None else kept),
+        ("map_agreement", agreement_identity(cohort, config)),
         ("page", page_resources_digest()),
         ("uri", cohort.store.uri),
     ]
@@ -139,6 +141,7 @@ def gather(config: RunConfig, cohort: Cohort, real_field: RealField | None) -> R
         contrast=contrast_frame([], config.report.contrast_percentiles),
         points=points,
         clusters=frames.cluster_frame(sizes, frames.metrics_frame(cohort, config)),
+        agreement=read_agreement(cohort, config),
         hil=frames.hil_frame(results),
         table1=frames.table1_frame(results),
         ppv=frames.read_output(cohort, folder, "ppv.parquet"),

@@ -143,6 +143,45 @@ def test_one_class_alone_leaves_no_classifier(copied: Cohort, tmp_path: Path) ->
     assert read_record(copied.store, "classifiers/other") is None
 
 
+def test_comparison_of_models_is_made_beside_a_finished_classifier_and_kept(
+    copied: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "ctc_ray.classify.model_comparison.MODELS",
+        {"svm": {"C": (0.1, 1.0)}, "logistic_regression": {"C": (1.0,)}, "nearest_neighbours": {"n_neighbors": (5,)}},
+    )
+    comparing = CONFIG.model_copy(update={"train": TrainConfig(compare_models=True)})
+    before = read_record(copied.store, "classifiers/svm")
+    assert before is not None
+    assert plan_train(comparing, copied)[0].state is State.ABSENT
+    assert run_train(comparing, copied).units_computed == 1
+    table = pl.DataFrame(pl.from_arrow(copied.store.read_table("classifiers/svm/model_comparison.parquet")))
+    assert table.group_by("model", "tuned").len().sort("model", "tuned")["len"].to_list() == [2] * 6
+    assert set(table["num_folds"]) == {2}  # two training patients
+    test = labelled_cells(copied).of("test")
+    assert set(table.filter(pl.col("split") == "test")["num_cells"]) == {test.height}
+    after = read_record(copied.store, "classifiers/svm")
+    assert after is not None
+    assert after.identity == before.identity
+    assert (run_train(comparing, copied).units_reused, run_train(CONFIG, copied).units_reused) == (1, 1)
+    assert copied.store.exists("classifiers/svm/model_comparison.parquet")
+
+
+def test_undefined_scores_follow_the_paper_where_asked(copied: Cohort, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"train": TrainConfig(name="paper", undefined="paper")})
+    assert run_train(config, copied).units_computed == 1
+    keys = ["split", "cluster"]
+    paper, strict = metrics_of(copied, "paper"), metrics_of(copied)
+    both = paper.join(strict, on=keys, nulls_equal=True, suffix="_null")
+    assert both.height == paper.height
+    defined = both.filter(pl.col("f1_null").is_not_null())
+    assert defined["f1"].equals(defined["f1_null"])
+    undefined = both.filter(pl.col("f1_null").is_null() & (pl.col("num_cells") > 0))
+    assert undefined.height > 0
+    assert set(undefined.filter(pl.col("cluster").is_not_null())["f1"]) == {1.0}
+    assert paper.filter(pl.col("num_cells") > 0)["f1"].null_count() == 0
+
+
 def test_cell_or_patient_in_two_roles_is_a_leak() -> None:
     rows = {"cell_id": ["a", "b"], "patient": ["p", "p"], "physical_id": ["a", "b"], "role": ["train", "test"]}
     with pytest.raises(RoleLeakError, match="patient p has the roles test and train"):

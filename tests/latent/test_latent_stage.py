@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import LabelsConfig, MapConfig, RunConfig
 from ctc_ray.errors import (
+    ConfigError,
     MissingInputError,
     ResourceError,
     SchemaError,
@@ -260,6 +262,41 @@ def test_map_written_before_the_fast_profile_keeps_its_digest(mapped: Any) -> No
         *("name", "encoder", "pca_dim", "umap_neighbors", "umap_min_dist", "umap_seed", "hdbscan_min_cluster_size"),
         *("hdbscan_min_samples", "hdbscan_selection", "hdbscan_epsilon", "max_fit_cells", "cluster_with"),
     }
+
+
+def test_map_without_test_cells_is_compared_with_the_other(copied: Cohort) -> None:
+    pool = sliced(50, name="pool", cluster_with="pool", compare_with="map")
+    result = run_map(pool, copied)
+    folder = "latent/dino/pool/agreement/map"
+    assert result.paths == ("latent/dino/pool", folder)
+    found = copied.store.read_json(f"{folder}/agreement.json")
+    first, second = (
+        pl.concat([map_cells(copied, name, patient) for patient in copied.patient_ids()]) for name in ("pool", "map")
+    )
+    assert first["cell_id"].equals(second["cell_id"])
+    assert found["num_cells"] == first.height == 960
+    assert found["adjusted_rand"] == pytest.approx(adjusted_rand_score(first["cluster"], second["cluster"]))
+    shared = pl.DataFrame(pl.from_arrow(copied.store.read_table(f"{folder}/shared_cells.parquet")))
+    assert shared["num_cells"].sum() == 960
+    assert shared.filter("matched")["num_cells"].sum() == pytest.approx(found["equal_share"] * 960)
+    sample = pl.DataFrame(pl.from_arrow(copied.store.read_table(f"{folder}/cells.parquet")))
+    assert sample.height == found["trustworthiness_cells"] == 960  # fewer than the sample may hold
+    assert 0.5 < found["trustworthiness"] <= 1
+    record = read_record(copied.store, folder)
+    run_map(pool, copied)
+    assert read_record(copied.store, folder) == record
+
+
+def map_cells(cohort: Cohort, name: str, patient: str) -> pl.DataFrame:
+    table = cohort.read_columns(f"latent/dino/{name}/cells/{patient}", ["cell_id", "cluster"])
+    return pl.DataFrame(pl.from_arrow(table)).sort("cell_id")
+
+
+def test_comparison_with_itself_or_with_no_map_is_refused(copied: Cohort) -> None:
+    with pytest.raises(ConfigError, match="is the map itself"):
+        run_map(sliced(50, compare_with="map"), copied)
+    with pytest.raises(MissingInputError, match=r"nowhere.*ctc-ray map"):
+        run_map(sliced(50, compare_with="nowhere"), copied)
 
 
 @pytest.mark.ray
