@@ -158,7 +158,7 @@ def _read_both(
             )
         for one, two in zip(*paths, strict=True):
             first, second = cohort.store.read_table(one, _READ), cohort.store.read_table(two, _READ)
-            if first["cell_id"] != second["cell_id"]:
+            if not first["cell_id"].equals(second["cell_id"]):
                 raise SchemaError(
                     f"{cohort.store.describe(one)} and {two} hold different cells: run `ctc-ray map` with --force for both"
                 )

@@ -174,12 +174,19 @@ def test_undefined_scores_follow_the_paper_where_asked(copied: Cohort, tmp_path:
     paper, strict = metrics_of(copied, "paper"), metrics_of(copied)
     both = paper.join(strict, on=keys, nulls_equal=True, suffix="_null")
     assert both.height == paper.height
-    defined = both.filter(pl.col("f1_null").is_not_null())
-    assert defined["f1"].equals(defined["f1_null"])
-    undefined = both.filter(pl.col("f1_null").is_null() & (pl.col("num_cells") > 0))
-    assert undefined.height > 0
-    assert set(undefined.filter(pl.col("cluster").is_not_null())["f1"]) == {1.0}
-    assert paper.filter(pl.col("num_cells") > 0)["f1"].null_count() == 0
+    labelled = both.filter(pl.col("num_cells") > 0)
+    for name in ("f1", "recall", "precision"):
+        assert (
+            labelled.filter(pl.col(f"{name}_null").is_not_null())
+            .select((pl.col(name) == pl.col(f"{name}_null")).all())
+            .item()
+        )
+        assert labelled[name].null_count() == 0
+    without_ctc = labelled.filter((pl.col("num_ctc") == 0) & pl.col("cluster").is_not_null())
+    assert without_ctc.height > 0
+    assert without_ctc["recall_null"].null_count() == without_ctc.height
+    assert set(without_ctc["recall"]) == {0.0}
+    assert set(without_ctc.filter(pl.col("f1_null").is_null())["f1"]) <= {1.0}
 
 
 def test_cell_or_patient_in_two_roles_is_a_leak() -> None:
