@@ -63,14 +63,21 @@ class _Job:
     inputs: dict[str, str]
     units: tuple[Unit, ...]
     missing: tuple[Unit, ...]
+    kept: Record | None = None
+    """Record of vectors that stay: cells were added beside them (`segment --retry-failed`) and `units` are of those alone."""
+
+    @property
+    def units_kept(self) -> int:
+        """Units of the vectors that stay."""
+        return self.kept.units_computed + self.kept.units_reused if self.kept else 0
 
 
 def plan_embed(config: RunConfig, cohort: Cohort, *, patients: list[str] | None = None) -> list[PlanRow]:
     """Say what `run_embed` would do, patient by patient; touches nothing and needs no Ray."""
     section = config.embed
-    precision = _recorded_precision(section, cohort)
+    precision = recorded_precision(section, cohort)
     rows = []
-    spec = _encoder_spec(cohort, section.encoder) if _has_encoder(cohort, section.encoder) else None
+    spec = encoder_spec(cohort, section.encoder) if has_encoder(cohort, section.encoder) else None
     for patient in cohort.select_patients(patients):
         folder = cohort.embeddings(section.encoder, patient)
         if spec is None:
@@ -80,8 +87,12 @@ def plan_embed(config: RunConfig, cohort: Cohort, *, patients: list[str] | None 
         elif precision is None:
             rows.append(PlanRow(patient, State.ABSENT, "nothing is embedded with this encoder yet"))
         else:
-            identity, _, _ = _identity(section, cohort, patient, spec, precision)
+            cells = cohort.require(cohort.cells(patient), "segment")
+            identity, _, _ = embed_identity(section, cells.identity, spec, precision)
             state = state_of(cohort.store, folder, identity)
+            if state is State.COMPLETE and added_shards(cohort, patient, folder):
+                rows.append(PlanRow(patient, State.ABSENT, "cells were added since"))
+                continue
             why = {
                 State.ABSENT: "not embedded yet",
                 State.STALE: "made from other cells, another encoder or other settings: --force replaces it",
@@ -118,8 +129,8 @@ def run_embed(
     chosen = cohort.select_patients(patients)
     for patient in chosen:
         cohort.require(cohort.cells(patient), "segment")
-    spec = _encoder_spec(cohort, section.encoder)
-    precision = _recorded_precision(section, cohort) or _fix_precision(section, cohort)
+    spec = encoder_spec(cohort, section.encoder)
+    precision = recorded_precision(section, cohort) or fix_precision(section, cohort)
     jobs, kept = [], []
     for patient in chosen:
         job = _job(section, cohort, patient, spec, precision, force=force)
@@ -130,7 +141,7 @@ def run_embed(
     cells = _run_jobs(section, cohort, jobs, precision, progress)
     done = [read_record(cohort.store, cohort.embeddings(section.encoder, p)) for p in kept]
     reused = sum(r.units_computed + r.units_reused for r in done if r is not None)
-    reused += sum(len(job.units) - len(job.missing) for job in jobs)
+    reused += sum(len(job.units) - len(job.missing) + job.units_kept for job in jobs)
     cells += sum(r.counts.get("cells", 0) for r in done if r is not None)
     return StageResult(
         stage=STAGE,
@@ -142,11 +153,18 @@ def run_embed(
     )
 
 
-def _has_encoder(cohort: Cohort, encoder: str) -> bool:
+def has_encoder(cohort: Cohort, encoder: str) -> bool:
+    """Whether the encoder of that name is there: in the cohort, or as the one that ships with the package."""
     return encoder == DEFAULT_NAME or read_record(cohort.store, cohort.encoder(encoder)) is not None
 
 
-def _encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
+def encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
+    """Description of an encoder, its weights checked.
+
+    Raises:
+        MissingInputError: it is not there.
+        WeightsError: it is damaged.
+    """
     if encoder == DEFAULT_NAME:
         _, description = read_folder(DEFAULT_FOLDER)
         return decode_spec(description, str(DEFAULT_FOLDER))
@@ -159,7 +177,7 @@ def _encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
     return spec
 
 
-def _load_embedder(store: Store, section: EmbedConfig, precision: str) -> Embedder:
+def load_embedder(store: Store, section: EmbedConfig, precision: str) -> Embedder:
     """Load the encoder inside a worker, by the package or from the cohort."""
     if section.encoder == DEFAULT_NAME:
         (weights, description), where = read_folder(DEFAULT_FOLDER), str(DEFAULT_FOLDER)
@@ -183,7 +201,7 @@ def _precision_path(cohort: Cohort, encoder: str) -> str:
     return f"{cohort.embeddings(encoder, _PRECISION_FILE)}"
 
 
-def _recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
+def recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
     """The precision of this cohort's embeddings: the configured one, or what `auto` resolved to the first time."""
     if section.precision != "auto":
         return section.precision
@@ -191,20 +209,38 @@ def _recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
     return str(cohort.store.read_json(path)["precision"]) if cohort.store.exists(path) else None
 
 
-def _fix_precision(section: EmbedConfig, cohort: Cohort) -> str:
+def fix_precision(section: EmbedConfig, cohort: Cohort) -> str:
     """Resolve `auto` on a worker of the kind that embeds, and record it for every later run and machine."""
     precision = worker_precision("auto", use_gpu=section.use_gpu)
     cohort.store.write_json(_precision_path(cohort, section.encoder), {"precision": precision})
     return precision
 
 
-def _identity(
-    section: EmbedConfig, cohort: Cohort, patient: str, spec: EncoderSpec, precision: str
+def embed_identity(
+    section: EmbedConfig, cells_identity: str, spec: EncoderSpec, precision: str
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
-    cells = cohort.require(cohort.cells(patient), "segment")
-    inputs = {"cells": cells.identity, "encoder": spec.fingerprint}
+    """Identity of a patient's embeddings, with the settings and inputs that enter it and its record.
+
+    Args:
+        section: settings.
+        cells_identity: of the patient's cells, from their record or from the plan of those that are still to be found.
+        spec: the encoder's.
+        precision: what it computes in.
+    """
+    inputs = {"cells": cells_identity, "encoder": spec.fingerprint}
     settings = {k: v for k, v in section.identity().items() if k != "encoder"} | {"precision": precision}
     return identity_of(STAGE, settings, inputs), settings, inputs
+
+
+def added_shards(cohort: Cohort, patient: str, output: str) -> list[str]:
+    """Shards of a patient's cells that its complete embeddings lack: those of fields that were set aside at first.
+
+    `segment --retry-failed` writes the cells of such fields to further shards and leaves the others as they were, under the
+    same identity where the images had not changed.
+    """
+    record = read_record(cohort.store, output)
+    there = set(record.files) if record else set()
+    return [shard for shard in cohort.shards(cohort.cells(patient)) if shard.rsplit("/", 1)[-1] not in there]
 
 
 def _job(
@@ -212,15 +248,19 @@ def _job(
 ) -> _Job | None:
     """The patient's units and which of them are missing; None where the output is complete."""
     output = cohort.embeddings(section.encoder, patient)
-    identity, settings, inputs = _identity(section, cohort, patient, spec, precision)
+    cells = cohort.require(cohort.cells(patient), "segment")
+    identity, settings, inputs = embed_identity(section, cells.identity, spec, precision)
+    shards, kept = cohort.shards(cohort.cells(patient)), None
     if require_fresh(cohort.store, output, identity, force=force) is State.COMPLETE:
-        cohort.store.delete_folder(f"{output}/{PARTS}")  # left where a run was killed after its record
-        return None
+        shards, kept = added_shards(cohort, patient, output), read_record(cohort.store, output)
+        if not shards:
+            cohort.store.delete_folder(f"{output}/{PARTS}")  # left where a run was killed after its record
+            return None
     folder = parts_folder(output, identity)
-    units = units_of(cohort.store, patient, cohort.shards(cohort.cells(patient)), folder, section.unit_cells)
+    units = units_of(cohort.store, patient, shards, folder, section.unit_cells)
     present = finished_parts(cohort.store, folder)
     missing = tuple(unit for unit in units if unit.part not in present)
-    return _Job(patient, output, identity, settings, inputs, tuple(units), missing)
+    return _Job(patient, output, identity, settings, inputs, tuple(units), missing, kept)
 
 
 class _EmbedActor:
@@ -230,7 +270,7 @@ class _EmbedActor:
         torch.set_num_threads(1)
         self._store = store
         self._full_scale = section.full_scale
-        self._embedder = _load_embedder(store, section, precision)
+        self._embedder = load_embedder(store, section, precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Embed the units of a batch (one), and report a status row for each."""
@@ -306,6 +346,9 @@ def _finish(cohort: Cohort, job: _Job, tally: WorkerTally, started: float) -> in
     join = ray.remote(num_cpus=0)(consolidate)
     sizes: dict[str, int] = ray.get(join.remote(cohort.store, job.output, list(job.units)))
     cells = sum(unit.stop - unit.start for unit in job.units)
+    if job.kept is not None:
+        sizes = job.kept.files | sizes
+        cells += job.kept.counts.get("cells", 0)
     record = Record(
         stage=STAGE,
         unit=job.patient,
@@ -316,7 +359,7 @@ def _finish(cohort: Cohort, job: _Job, tally: WorkerTally, started: float) -> in
         counts={"cells": cells},
         seconds=time.monotonic() - started,
         units_computed=len(job.missing),
-        units_reused=len(job.units) - len(job.missing),
+        units_reused=len(job.units) - len(job.missing) + job.units_kept,
         workers=tally.rows(),
     )
     write_record(cohort.store, job.output, record)
