@@ -106,7 +106,9 @@ class SegmentConfig(Section):
     num_instance_actors: Count = operational(1)
     """Actors for non-maximum suppression and crops."""
     use_gpu: bool = operational(default=False)
-    """Whether each StarDist actor gets a GPU."""
+    """Whether StarDist actors get GPUs."""
+    gpus_per_actor: Annotated[float, Field(gt=0)] = operational(1.0)
+    """With `use_gpu`: GPUs of a StarDist actor; a fraction lets several actors, also those that embed, share one."""
 
 
 class TrainSegmenterConfig(Section):
