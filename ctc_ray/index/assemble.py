@@ -369,6 +369,7 @@ def _description(
         "cells": int(index.ntotal),
         "width": int(index.d),
         "depth": measured["depth"] if measured else None,
+        "depths": measured["depths"] if measured else None,
         "target_recall": config.target_recall if measured else None,
         "measured": measured,
         **more,

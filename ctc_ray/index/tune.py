@@ -12,6 +12,9 @@ from ctc_ray.index.build import load_faiss, vectors_at
 
 NUM_QUERIES = 256
 NEAREST = 10
+LENGTHS = (NEAREST, 50, 200)
+"""Answers for which the depth is measured: longer ones come from more lists."""
+_DEEPEST_GRAPH = 1024
 _SEED = 0
 _TIE = 1e-6
 """Scores closer than this are one score: copies of a cell are as good as each other."""
@@ -31,7 +34,7 @@ def recall_of(found_QK: npt.NDArray[np.float32], exact_QK: npt.NDArray[np.float3
 
 
 def tune(index: Any, target: float, *, num_queries: int = NUM_QUERIES, seed: int = _SEED) -> dict[str, Any]:
-    """Smallest number of lists (IVF) or depth (HNSW) that reaches a recall of the nearest ten.
+    """Smallest number of lists (IVF) or depth (HNSW) that reaches a recall, for answers of each of `LENGTHS` cells.
 
     Args:
         index: FAISS IndexIVFFlat, whose own answer from all lists is the truth, or IndexHNSWFlat.
@@ -40,36 +43,59 @@ def tune(index: Any, target: float, *, num_queries: int = NUM_QUERIES, seed: int
         seed: which cells.
 
     Returns:
-        `depth` (lists read, or efSearch), `recall_at_10`, `lower_bound`, `compared` (vectors that a query is compared with,
-        centres of lists among them), `queries`, and `trials`: depth, recall and milliseconds a query of everything tried.
+        Of the nearest ten: `depth` (lists read, or efSearch), `recall_at_10`, `lower_bound`, `compared` (vectors that a query is
+        compared with, centres of lists among them). `queries`; `depths`: length of the answer (text) to depth; `trials`:
+        length, depth, recall and milliseconds a query of everything tried.
     """
     rng = np.random.default_rng(seed)
     positions = np.sort(rng.choice(index.ntotal, min(num_queries, index.ntotal), replace=False)).astype(np.int64)
     queries = vectors_at(index, positions)
-    nearest = min(NEAREST, index.ntotal - 1)
-    has_lists = hasattr(index, "nlist")
-    limit = index.nlist if has_lists else 1024
-    exact = _exact(index, queries, positions, nearest)
-    depth, trials = (1 if has_lists else 16), []
-    while True:
-        depth = min(depth, limit)
-        started = time.perf_counter()
-        found = _search(index, queries, positions, nearest, depth)
-        seconds = time.perf_counter() - started
-        recalls = recall_of(found, exact) if nearest else np.ones(1)
-        mean, error = float(recalls.mean()), float(recalls.std() / max(len(recalls), 1) ** 0.5)
-        trials.append({"depth": depth, "recall": round(mean, 5), "ms_a_query": round(1e3 * seconds / len(queries), 4)})
-        if mean - 2 * error >= target or depth >= limit:
-            break
-        depth = max(depth + 1, int(depth * 1.5))
+    lengths = sorted({min(length, index.ntotal - 1) for length in LENGTHS})
+    exact = _exact(index, queries, positions, lengths[-1])
+    depth = 1 if hasattr(index, "nlist") else 16
+    trials: list[dict[str, float]] = []
+    depths, recalls = {}, {}
+    for length in lengths:
+        depth, recalls[length], tried = _tune_one(index, target, queries, positions, exact[:, :length], depth)
+        depths[str(length)] = depth
+        trials += tried
+    shortest = lengths[0]
+    mean, bound = recalls[shortest]
     return {
-        "depth": depth,
+        "depth": depths[str(shortest)],
+        "depths": depths,
         "recall_at_10": round(mean, 5),
-        "lower_bound": round(mean - 2 * error, 5),
-        "compared": round(_compared(index, queries, depth), 1),
+        "lower_bound": round(bound, 5),
+        "compared": round(_compared(index, queries, depths[str(shortest)]), 1),
         "queries": len(queries),
         "trials": trials,
     }
+
+
+def _tune_one(
+    index: Any,
+    target: float,
+    queries: npt.NDArray[np.float32],
+    positions: npt.NDArray[np.int64],
+    exact: npt.NDArray[np.float32],
+    depth: int,
+) -> tuple[int, tuple[float, float], list[dict[str, float]]]:
+    """Depth from `depth` on that finds `exact` (Q, nearest); mean recall and its lower bound; what was tried."""
+    nearest = exact.shape[1]
+    limit = index.nlist if hasattr(index, "nlist") else max(_DEEPEST_GRAPH, nearest + 1)
+    trials = []
+    while True:
+        depth = min(max(depth, 1 if hasattr(index, "nlist") else nearest + 1), limit)
+        started = time.perf_counter()
+        found = _search(index, queries, positions, nearest, depth)
+        milliseconds = 1e3 * (time.perf_counter() - started) / len(queries)
+        recalls = recall_of(found, exact) if nearest else np.ones(1)
+        mean, error = float(recalls.mean()), float(recalls.std() / max(len(recalls), 1) ** 0.5)
+        trial = {"nearest": nearest, "depth": depth, "recall": round(mean, 5), "ms_a_query": round(milliseconds, 4)}
+        trials.append(trial)
+        if mean - 2 * error >= target or depth >= limit:
+            return depth, (mean, mean - 2 * error), trials
+        depth = max(depth + 1, int(depth * 1.5))
 
 
 def search_parameters(index: Any, depth: int, selector: Any = None) -> Any:
