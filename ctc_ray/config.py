@@ -314,14 +314,18 @@ class EmbedConfig(Section):
     """Intensity rule: the encoder's own, full scale to -1..1, or the range of each crop and channel (the paper's text)."""
     full_scale: Annotated[float, Field(gt=0)] | None = None
     """Count of a saturated pixel; null: 255 for 8 bit, 4,095 for 16 bit (12-bit cameras store their counts so)."""
-    batch_size: Count = operational(256)
-    """Crops a forward pass."""
+    batch_size: Count | None = operational(None)
+    """Crops a forward pass; null: 64 on a processor, 1,024 on a GPU."""
     num_actors: Count = operational(2)
-    """Embedding actors."""
+    """Embedding actors at most."""
+    num_threads: Count = operational(1)
+    """Threads of one actor."""
     unit_cells: Count = operational(2000)
     """Cells a unit of work: what a killed run computes again at most, per actor."""
     use_gpu: bool = operational(default=False)
     """Whether each actor gets a GPU."""
+    gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = operational(1.0)
+    """Share of a GPU that each actor gets, where `use_gpu`."""
 
 
 class MapConfig(Section):
