@@ -3,8 +3,9 @@
     python -m benchmarks.index --cells 1300000 --threads 2 [--vectors phantom|mixture] [--ray] [--base FILE] [--no-sizes]
 
 Vectors `phantom`: the shipped encoder's embeddings of 22,000 phantom crops (paper profile: 1.6 % are CTCs), brought to any number
-by walking from a random one part of the way (uniform 0 to 1) to one of its ten nearest, plus isotropic noise of a tenth of that
-step. Queries are embeddings of 2,000 further crops. `mixture`: 500 Gaussian components of 16 dimensions turned into the space, and
+by walking from a random one part of the way (uniform 0 to 1) to one of its ten nearest of the same patient (each of the 90 has crops
+of its own), plus isotropic noise of a tenth of that step. Queries are embeddings of 2,000 further crops, which are farther from
+the vectors of the index than these from each other. `mixture`: 500 Gaussian components of 16 dimensions turned into the space, and
 noise in all dimensions; queries are further vectors made the same way. Both are written as a cohort of patients, and the stage
 builds the index from there. The truth is a plain product with all vectors. Adds its result to `benchmarks/results/index.json`.
 """
@@ -102,7 +103,7 @@ def vectors_of(options: argparse.Namespace) -> tuple[Draw, Float32]:
         base, _, queries = phantom_embeddings(options.base)
         return draw_from(base), prepared(queries, "cosine", "queries")
     draw = mixture(options.width)
-    return draw, prepared(draw(QUERY_CROPS, np.random.default_rng([SEED, 999_999])), "cosine", "queries")
+    return draw, prepared(draw(QUERY_CROPS, 0, np.random.default_rng([SEED, 999_999])), "cosine", "queries")
 
 
 @contextmanager
@@ -193,7 +194,7 @@ def grow(cohort: Cohort, config: RunConfig, draw: Draw, options: argparse.Namesp
     chosen = np.random.default_rng(SEED).integers(0, len(before), 1000).astype(np.int64)
     kept = before.vectors(chosen)
     size = options.cells // PATIENTS
-    names, vectors = ("new-1", "new-2"), draw(2 * size, np.random.default_rng([SEED, 888]))
+    names, vectors = ("new-1", "new-2"), draw(2 * size, 0, np.random.default_rng([SEED, 888]))
     cohort.add_patients(dict.fromkeys(names, "made"))
     for number, name in enumerate(names):
         numbers = np.arange(size) + options.cells + number * size

@@ -21,7 +21,8 @@ SEED = 20_261
 BASE_CROPS = 22_000
 QUERY_CROPS = 2_000
 
-Draw = Callable[[int, np.random.Generator], Float32]
+Draw = Callable[[int, int, np.random.Generator], Float32]
+"""Vectors (number, D) of a patient (0 to 89)."""
 
 
 def phantom_embeddings(path: Path | None) -> tuple[Float32, npt.NDArray[np.str_], Float32]:
@@ -41,15 +42,18 @@ def phantom_embeddings(path: Path | None) -> tuple[Float32, npt.NDArray[np.str_]
 
 
 def draw_from(base_ND: Float32) -> Draw:
-    """Walk from known vectors towards their neighbours."""
+    """Walk from known vectors towards their neighbours; each patient has vectors of its own, as patients have cells."""
+    near = np.empty((len(base_ND), 10), np.int64)
     with faiss_threads(1):
-        index = new_index(base_ND.shape[1], "l2")
-        index.add(base_ND)
-        _, near = index.search(base_ND, 11)
+        for patient in range(PATIENTS):
+            own = np.arange(patient, len(base_ND), PATIENTS)
+            index = new_index(base_ND.shape[1], "l2")
+            index.add(base_ND[own])
+            near[own] = own[index.search(base_ND[own], 11)[1][:, 1:]]
 
-    def draw(num: int, rng: np.random.Generator) -> Float32:
-        start = rng.integers(0, len(base_ND), num)
-        step = base_ND[near[start, rng.integers(1, 11, num)]] - base_ND[start]
+    def draw(num: int, patient: int, rng: np.random.Generator) -> Float32:
+        start = rng.choice(np.arange(patient % PATIENTS, len(base_ND), PATIENTS), num)
+        step = base_ND[near[start, rng.integers(0, 10, num)]] - base_ND[start]
         scale = 0.1 * np.linalg.norm(step, axis=1, keepdims=True) / base_ND.shape[1] ** 0.5
         noise = rng.standard_normal(step.shape, np.float32) * scale
         return (base_ND[start] + rng.random((num, 1), np.float32) * step + noise).astype(np.float32)
@@ -63,7 +67,7 @@ def mixture(width: int, components: int = 500, dimensions: int = 16) -> Draw:
     centres = rng.standard_normal((components, width)).astype(np.float32)
     axes = rng.standard_normal((components, dimensions, width)).astype(np.float32) / dimensions**0.5
 
-    def draw(num: int, rng: np.random.Generator) -> Float32:
+    def draw(num: int, _patient: int, rng: np.random.Generator) -> Float32:
         code = np.sort(rng.integers(0, components, num))
         vectors = centres[code] + 0.05 * rng.standard_normal((num, width), np.float32)
         for number in np.unique(code):
@@ -79,7 +83,7 @@ def write_cohort(cohort: Cohort, draw: Draw, num_cells: int) -> None:
     names = [f"P{number:02d}" for number in range(PATIENTS)]
     cohort.add_patients(dict.fromkeys(names, "made"))
     for number, (name, part) in enumerate(zip(names, np.array_split(np.arange(num_cells), PATIENTS), strict=True)):
-        write_patient(cohort, name, part, draw(len(part), np.random.default_rng([SEED, number])))
+        write_patient(cohort, name, part, draw(len(part), number, np.random.default_rng([SEED, number])))
 
 
 def write_patient(cohort: Cohort, patient: str, numbers: npt.NDArray[np.int64], vectors: Float32) -> None:

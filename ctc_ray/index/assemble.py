@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,6 +229,8 @@ class Material:
     config: IndexConfig
     parts: str
     shards: Sequence[Shard]
+    spans: Sequence[tuple[int, int]] = ()
+    """Positions first <= position < stop of each patient, for measuring; see `spans_of`."""
     former: Any = None
     former_description: dict[str, Any] | None = None
 
@@ -255,6 +258,13 @@ class Material:
             tables.append(table.set_column(0, "position", pa.array(np.arange(first, first + table.num_rows))))
             first += shard.rows
         return pa.concat_tables(tables)
+
+
+def spans_of(cells: pa.Table) -> list[tuple[int, int]]:
+    """Positions first <= position < stop of each patient of a table of `CELLS_SCHEMA`; a patient's cells lie together."""
+    patients = cells["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
+    starts = [0, *(np.flatnonzero(np.diff(patients)) + 1).tolist(), len(patients)]
+    return [(first, stop) for first, stop in pairwise(starts) if stop > first]
 
 
 @contextlib.contextmanager
@@ -312,7 +322,7 @@ def _lists(material: Material, folder: Path) -> Assembled:
     index = open_mapped(str(path))
     started = time.monotonic()
     with faiss_threads(config.num_threads):
-        measured = tune(index, config.target_recall)
+        measured = tune(index, config.target_recall, spans=material.spans)
     trained_cells = (material.former_description or {}).get("trained_cells", int(index.ntotal))
     description = {
         "lists": int(index.nlist),
@@ -332,7 +342,7 @@ def _whole(material: Material, kind: Literal["flat", "hnsw"], folder: Path) -> A
         for vectors in _vectors(material, folder):
             index.add(vectors)
         if kind == "hnsw":
-            measured = tune(index, config.target_recall)
+            measured = tune(index, config.target_recall, spans=material.spans)
         faiss.write_index(index, str(path))
     return Assembled(path, _description(kind, config, index, measured, {}))
 
