@@ -107,7 +107,7 @@ class SegmentConfig(Section):
     """Actors for non-maximum suppression and crops."""
     use_gpu: bool = operational(default=False)
     """Whether StarDist actors get GPUs."""
-    gpus_per_actor: Annotated[float, Field(gt=0)] = operational(1.0)
+    gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = operational(1.0)
     """With `use_gpu`: GPUs of a StarDist actor; a fraction lets several actors, also those that embed, share one."""
 
 

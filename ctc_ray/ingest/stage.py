@@ -196,8 +196,14 @@ def _look(
 
 
 def _pools(config: RunConfig) -> list[Pool]:
-    gpus = 1 if config.embed.use_gpu else 0
-    embedding = Pool("embedding actor", "embed.num_actors", config.embed.num_actors, gpus=gpus)
+    section = config.embed
+    embedding = Pool(
+        "embedding actor",
+        "embed.num_actors",
+        section.num_actors,
+        cpus=section.num_threads,
+        gpus=section.gpus_per_actor if section.use_gpu else 0,
+    )
     return [network_pool(config.segment), instance_pool(config.segment), embedding]
 
 
@@ -265,7 +271,7 @@ def _join_closed(run: _Run, joining: TasksUnderWay) -> list[str]:
 
 def _rows(run: _Run, pools: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Run the plan; yields one row of `DONE_SCHEMA` a field, in no particular order."""
-    section, settings = run.config.segment, run.segment.settings
+    section, embed, settings = run.config.segment, run.config.embed, run.segment.settings
     tasks = [task for plan in run.open_plans for task in plan.tasks(run.images, settings)]
     if not tasks:
         return
@@ -281,10 +287,10 @@ def _rows(run: _Run, pools: Sequence[Any]) -> Iterator[dict[str, Any]]:
         FieldEmbedder,
         batch_size=FIELDS_A_BATCH,
         batch_format="pyarrow",
-        fn_constructor_args=(run.cohort, run.config.embed, run.precision, worker_identity),
+        fn_constructor_args=(run.cohort, embed, run.precision, worker_identity),
         compute=pools[2],
-        num_cpus=1,
-        num_gpus=1 if run.config.embed.use_gpu else None,
+        num_cpus=embed.num_threads,
+        num_gpus=embed.gpus_per_actor if embed.use_gpu else None,
     )
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch.to_pylist()
