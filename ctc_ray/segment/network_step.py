@@ -38,7 +38,11 @@ class CandidateFinder:
     """Second step, the network: (task, image) -> (task, image, candidates)."""
 
     def __init__(
-        self, settings: Settings, num_threads: int, identify: Callable[[], tuple[str, int]] | None = None
+        self,
+        settings: Settings,
+        num_threads: int,
+        identify: Callable[[], tuple[str, int]] | None = None,
+        device: str | None = None,
     ) -> None:
         """Load the weights once.
 
@@ -46,12 +50,14 @@ class CandidateFinder:
             settings: of the stage.
             num_threads: of this process.
             identify: gives node and process id of the worker.
+            device: where the network runs; None for the GPU where there is one.
         """
         self._node, self._pid = identify() if identify else ("local", os.getpid())
         torch.set_num_threads(num_threads)
         self._settings = settings
         self._model = StarDist.load(
             settings.weights,
+            device=device,
             precision=settings.precision,
             percentiles=settings.percentiles,
             skip_background=settings.skip_background,

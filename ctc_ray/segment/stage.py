@@ -31,7 +31,7 @@ from ctc_ray.segment.plan import (
     refuse_stale,
     resolve_settings,
 )
-from ctc_ray.segment.stream import field_tasks, instance_pool, network_pool, stream_candidates
+from ctc_ray.segment.stream import field_tasks, instance_pool, network_device, network_pool, stream_candidates
 from ctc_ray.storage import Store
 
 
@@ -197,14 +197,15 @@ def begin(section: SegmentConfig, cohort: Cohort, run: SegmentRun) -> None:
 def _precision_of_workers(section: SegmentConfig) -> str:
     """What `auto` means on a worker that would run the network."""
     gpus = section.gpus_per_actor if section.use_gpu else 0
-    resolve = ray.remote(_resolve_on_worker).options(num_cpus=1, num_gpus=gpus)
-    return str(ray.get(resolve.remote()))
+    as_remote: Any = ray.remote  # its types know functions without arguments only
+    resolve = as_remote(_resolve_on_worker).options(num_cpus=1, num_gpus=gpus)
+    return str(ray.get(resolve.remote(network_device(section))))
 
 
-def _resolve_on_worker() -> str:
+def _resolve_on_worker(device: str) -> str:
     import torch
 
-    return resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return resolve_precision("auto", torch.device(device))
 
 
 def _segment(

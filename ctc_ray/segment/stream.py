@@ -33,6 +33,11 @@ def network_pool(section: SegmentConfig) -> Pool:
     )
 
 
+def network_device(section: SegmentConfig) -> str:
+    """Where StarDist actors compute: a GPU only where they reserve one, since others may have it."""
+    return "cuda" if section.use_gpu else "cpu"
+
+
 def instance_pool(section: SegmentConfig) -> Pool:
     """The pool of actors for non-maximum suppression and crops that the configuration asks for."""
     return Pool("instance actor", "segment.num_instance_actors", section.num_instance_actors)
@@ -76,6 +81,7 @@ def stream_candidates(
             "settings": settings,
             "num_threads": section.num_network_threads,
             "identify": worker_identity,
+            "device": network_device(section),
         },
         compute=pool,
         num_cpus=section.num_network_threads,
