@@ -33,21 +33,22 @@ class Pool:
     gpus: float = 0
 
 
-def sizes_that_fit(pools: Sequence[Pool], cpus: float, gpus: float) -> list[int] | None:
+def sizes_that_fit(pools: Sequence[Pool], cpus: float, gpus: float, spare_cpus: float = SPARE_CPUS) -> list[int] | None:
     """Share a cluster among pools.
 
     Args:
         pools: of one plan.
         cpus: logical CPUs of the cluster.
         gpus: its GPUs.
+        spare_cpus: processors to leave free.
 
     Returns:
-        Actors of each pool, at most its size, grown in turns from one each while `SPARE_CPUS` stay free; None where one actor
+        Actors of each pool, at most its size, grown in turns from one each while `spare_cpus` stay free; None where one actor
         each does not fit.
     """
 
     def fits(sizes: Sequence[int]) -> bool:
-        return all(have >= need for have, need in zip((cpus, gpus), _needs(pools, sizes), strict=True))
+        return all(have >= need for have, need in zip((cpus, gpus), _needs(pools, sizes, spare_cpus), strict=True))
 
     sizes = [1] * len(pools)
     if not fits(sizes):
@@ -62,12 +63,19 @@ def sizes_that_fit(pools: Sequence[Pool], cpus: float, gpus: float) -> list[int]
     return sizes
 
 
-def _needs(pools: Sequence[Pool], sizes: Sequence[int]) -> tuple[float, float]:
+def _needs(pools: Sequence[Pool], sizes: Sequence[int], spare_cpus: float) -> tuple[float, float]:
     cpus = sum(pool.cpus * size for pool, size in zip(pools, sizes, strict=True))
-    return cpus + SPARE_CPUS, sum(pool.gpus * size for pool, size in zip(pools, sizes, strict=True))
+    return cpus + spare_cpus, sum(pool.gpus * size for pool, size in zip(pools, sizes, strict=True))
 
 
-def fitted_pools(stage: str, pools: Sequence[Pool], progress: Progress, *, wait_s: float = 600.0) -> list[Any]:
+def fitted_pools(
+    stage: str,
+    pools: Sequence[Pool],
+    progress: Progress,
+    *,
+    spare_cpus: float = SPARE_CPUS,
+    wait_s: float = 600.0,
+) -> list[Any]:
     """Ray Data's description of each pool, as large as the cluster allows.
 
     A pool may shrink to one actor, so that a plan goes on where a machine is lost (a pool of fixed size then waits for ever),
@@ -78,6 +86,7 @@ def fitted_pools(stage: str, pools: Sequence[Pool], progress: Progress, *, wait_
         stage: whose plan it is.
         pools: of the plan.
         progress: where to say that fewer actors than configured fit, or that machines are waited for.
+        spare_cpus: processors that the rest of the plan needs.
         wait_s: how long to wait for machines.
 
     Returns:
@@ -88,18 +97,18 @@ def fitted_pools(stage: str, pools: Sequence[Pool], progress: Progress, *, wait_
     """
     import ray
 
-    sizes = _fit(pools)
-    least = _needs(pools, [1] * len(pools))
+    sizes = _fit(pools, spare_cpus)
+    least = _needs(pools, [1] * len(pools), spare_cpus)
     if sizes is None and not started_here():
         progress.say(
             f"  {stage}: {_described(least)} needed at least: asking the cluster, waiting up to {wait_s:.0f} s"
         )
         bring_up(Wanted(cpus=-int(-least[0] // 1), gpus=-int(-least[1] // 1), timeout_s=wait_s))
-        sizes = _fit(pools)
+        sizes = _fit(pools, spare_cpus)
     if sizes is None:
         actors = ", ".join(f"1 {pool.name} of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs" for pool in pools)
         raise ResourceError(
-            f"{stage} needs at least {_described(least)} ({actors}, {SPARE_CPUS} CPU to read), the cluster has "
+            f"{stage} needs at least {_described(least)} ({actors}, {spare_cpus:g} CPUs to read), the cluster has "
             f"{_described(_resources())}: use a larger one, or raise ray.num_cpus (logical CPUs of a cluster started here)"
         )
     for pool, size in zip(pools, sizes, strict=True):
@@ -111,8 +120,8 @@ def fitted_pools(stage: str, pools: Sequence[Pool], progress: Progress, *, wait_
     ]
 
 
-def _fit(pools: Sequence[Pool]) -> list[int] | None:
-    return sizes_that_fit(pools, *_resources())
+def _fit(pools: Sequence[Pool], spare_cpus: float) -> list[int] | None:
+    return sizes_that_fit(pools, *_resources(), spare_cpus)
 
 
 def _resources() -> tuple[float, float]:

@@ -320,8 +320,8 @@ class EmbedConfig(Section):
     """Embedding actors at most."""
     num_threads: Count = operational(1)
     """Threads of one actor."""
-    unit_cells: Count = operational(2000)
-    """Cells a unit of work: what a killed run computes again at most, per actor."""
+    unit_cells: Count = operational(1000)
+    """Cells a unit of work (at most 32 MiB of pixels): what a killed run computes again at most, per actor."""
     use_gpu: bool = operational(default=False)
     """Whether each actor gets a GPU."""
     gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = operational(1.0)

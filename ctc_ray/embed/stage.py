@@ -1,6 +1,7 @@
 """The embed stage: units of cells through a pool of embedding actors, complete per patient.
 
-The driver sees one small status row a unit; pixels and vectors stay in the workers, which write the files themselves.
+The driver sees one small status row a unit; pixels and vectors stay in the workers, which write the files themselves
+(`ctc_ray/embed/stream.py`).
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
-import torch
 
-from ctc_ray.cluster import worker_identity
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import EmbedConfig, RunConfig
-from ctc_ray.embed.compute import embed_unit
-from ctc_ray.embed.embedder import DEFAULT_NAME, Embedder
+from ctc_ray.embed.embedder import DEFAULT_NAME
+from ctc_ray.embed.stream import stream_units
 from ctc_ray.embed.units import PARTS, Unit, consolidate, finished_parts, parts_folder, units_of
-from ctc_ray.errors import CtcRayError, SchemaError
+from ctc_ray.errors import named_error
 from ctc_ray.pretrain.encoder import (
     DEFAULT_FOLDER,
     DESCRIPTION_FILE,
@@ -30,7 +28,6 @@ from ctc_ray.pretrain.encoder import (
     verify,
 )
 from ctc_ray.pretrain.measure import worker_precision
-from ctc_ray.pretrain.precision import default_device
 from ctc_ray.progress import Progress
 from ctc_ray.records import (
     FailureRow,
@@ -46,7 +43,6 @@ from ctc_ray.records import (
     write_failures,
     write_record,
 )
-from ctc_ray.storage import Store
 
 STAGE = "embed"
 _PRECISION_FILE = "precision.json"
@@ -123,6 +119,8 @@ def run_embed(
         MissingInputError: a patient was not segmented, or the encoder is not there.
         StaleOutputError: embeddings of other cells, another encoder or other settings are there, without `force`.
         SchemaError: cells cannot be read; patients without such cells are complete nevertheless.
+        StorageError: parts cannot be written, on a full disk for instance; what was written is reused by the next run.
+        ResourceError: not one embedding actor fits the cluster.
     """
     started = time.monotonic()
     section = config.embed
@@ -175,26 +173,6 @@ def encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
     # Here and not in the actors, where a damaged file would only look like an actor that cannot start.
     verify(spec, cohort.store.read_bytes(f"{folder}/{WEIGHTS_FILE}"), where)
     return spec
-
-
-def load_embedder(store: Store, section: EmbedConfig, precision: str) -> Embedder:
-    """Load the encoder inside a worker, by the package or from the cohort."""
-    if section.encoder == DEFAULT_NAME:
-        (weights, description), where = read_folder(DEFAULT_FOLDER), str(DEFAULT_FOLDER)
-    else:
-        folder = Cohort(store).encoder(section.encoder)
-        where = store.describe(folder)
-        weights = store.read_bytes(f"{folder}/{WEIGHTS_FILE}")
-        description = store.read_bytes(f"{folder}/{DESCRIPTION_FILE}")
-    return Embedder.from_files(
-        weights,
-        description,
-        where,
-        precision=precision,
-        intensity=None if section.intensity == "encoder" else section.intensity,
-        device=default_device(section.use_gpu),
-        batch_size=section.batch_size,
-    )
 
 
 def _precision_path(cohort: Cohort, encoder: str) -> str:
@@ -263,53 +241,6 @@ def _job(
     return _Job(patient, output, identity, settings, inputs, tuple(units), missing, kept)
 
 
-class _EmbedActor:
-    """Holds one embedder and embeds one unit a call."""
-
-    def __init__(self, store: Store, section: EmbedConfig, precision: str) -> None:
-        torch.set_num_threads(1)
-        self._store = store
-        self._full_scale = section.full_scale
-        self._embedder = load_embedder(store, section, precision)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Embed the units of a batch (one), and report a status row for each."""
-        node, pid = worker_identity()
-        rows: list[dict[str, Any]] = []
-        for row in batch.to_pylist():
-            unit = Unit(**row)
-            kind, message, cells = "", "", 0
-            try:
-                cells = embed_unit(self._store, unit, self._embedder, self._full_scale)
-            except CtcRayError as error:
-                # A damaged shard must not end the other patients' work; the driver reports it.
-                kind, message = type(error).__name__, str(error)
-            rows.append({"part": unit.part, "cells": cells, "node": node, "pid": pid, "kind": kind, "message": message})
-        return pa.Table.from_pylist(rows)
-
-
-def _status_rows(section: EmbedConfig, cohort: Cohort, units: list[Unit], precision: str) -> Any:
-    """Stream the units through the actors; yields one status row a unit as it is done."""
-    largest = min(section.num_actors, len(units))
-    # One processor stays free for the rest of the plan: a pool that waits for the last one waits for ever.
-    free = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)  # type: ignore[no-untyped-call]  # Ray has none there
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(largest, free))
-    dataset = ray.data.from_items(
-        [unit.to_row() for unit in units], override_num_blocks=min(len(units), 1000)
-    ).map_batches(
-        _EmbedActor,
-        fn_constructor_args=(cohort.store, section, precision),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=pool,
-        num_cpus=1,
-        num_gpus=1 if section.use_gpu else None,
-    )
-    batch: Any
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
-
-
 def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision: str, progress: Progress) -> int:
     """Embed what is missing and complete each patient as soon as its last unit is there; returns cells."""
     by_part = {unit.part: job for job in jobs for unit in job.missing}
@@ -321,7 +252,7 @@ def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision:
     units = [unit for job in jobs for unit in job.missing]
     if units:
         with progress.task("embed", total=len(units)) as task:
-            for row in _status_rows(section, cohort, units, precision):
+            for row in stream_units(section, cohort.store, units, precision, progress):
                 job = by_part[row["part"]]
                 waiting[job.patient].discard(row["part"])
                 if row["kind"]:
@@ -335,7 +266,10 @@ def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision:
         write_failures(cohort.store, STAGE, patient, rows)
     failed = [row for rows in failures.values() for row in rows]
     if failed:
-        raise SchemaError(f"{len(failed)} of {len(units)} units could not be embedded. First: {failed[0].message}")
+        first = failed[0]
+        raise named_error(
+            first.kind, f"{len(failed)} of {len(units)} units could not be embedded. First: {first.message}"
+        )
     return cells
 
 

@@ -13,7 +13,7 @@ from ctc_ray.cohort import Cohort
 from ctc_ray.config import EmbedConfig
 from ctc_ray.embed.compute import embed_cells
 from ctc_ray.embed.embedder import Embedder
-from ctc_ray.embed.stage import load_embedder
+from ctc_ray.embed.loading import load_embedder
 from ctc_ray.errors import CtcRayError
 from ctc_ray.ingest.cells_step import CUT_SCHEMA, from_stream
 from ctc_ray.segment.plan import part_name
@@ -59,7 +59,7 @@ class FieldEmbedder:
             identify: gives node and process id of the worker.
             embedder: to use; None loads the one that the section names.
         """
-        torch.set_num_threads(1)
+        torch.set_num_threads(section.num_threads)
         self._store = cohort.store
         self._full_scale = section.full_scale
         self._embedder = embedder or load_embedder(cohort.store, section, precision)
