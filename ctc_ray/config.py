@@ -409,7 +409,7 @@ class IndexConfig(Section):
     """`flat` compares with every vector; `ivf` with those of the nearest lists; `hnsw` walks a graph (built by one task). `auto`:
     flat up to `exact_below` cells, then ivf, and hnsw where ivf would have to read too many lists for `target_recall`."""
     exact_below: Count = operational(60_000)
-    """Cells up to which a flat index still answers 1,000 queries/s on two cores (`benchmarks/index.py` measures it)."""
+    """Cells up to which a flat index, which is exact, answers a single query well within 5 ms (`benchmarks/index.py --sizes`)."""
     target_recall: Annotated[float, Field(gt=0, lt=1)] = operational(0.99)
     """Recall of the nearest ten against the exact answer, which the number of lists read is chosen for on the data."""
     device: Literal["auto", "cpu"] = operational("auto")
