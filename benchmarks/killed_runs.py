@@ -75,15 +75,15 @@ class Job:
 
 
 def processes_of(mark: str) -> list[psutil.Process]:
-    """Processes that were started with this mark, workers of Ray included."""
-    found = []
+    """Processes that were started with this mark, and theirs: Ray's workers write their title over their environment."""
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == mark:
-                found.append(process)
+                found.update({one.pid: one for one in (process, *process.children(recursive=True))})
         except (psutil.Error, OSError):  # it ended, or belongs to someone else
             continue
-    return found
+    return list(found.values())
 
 
 def victims(kind: str, mark: str, rng: np.random.Generator) -> list[psutil.Process]:

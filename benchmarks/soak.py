@@ -235,7 +235,7 @@ def fields_to_ingest(folder: Path, patients: int, fields: int) -> Job:
     cartridges = str(folder / "cartridges")
     given = ["--patients", str(patients), "--fields", str(fields), "--profile", "demo", "--seed", "1"]
     subprocess.run([sys.executable, "-m", "ctc_ray.cli", "phantom", cartridges, *given], check=True)
-    Cohort.open(str(folder / "template"), create=True)
+    (folder / "template").mkdir()
     settings = ["embed.encoder=default", "embed.precision=fp32", "segment.precision=fp32"]
     arguments = ["--cartridges", cartridges, *(text for setting in settings for text in ("--set", setting))]
     return Job("ingest", folder / "template", tuple(arguments), ("cells", "embeddings/default"))
