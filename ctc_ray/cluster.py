@@ -112,6 +112,7 @@ def _bound_data_blocks() -> None:
     log_once("ray_data_progress_manager_disabled")  # says once that bars are off: they are, ours stand in their place
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 32 * 2**20
+    context.max_consecutive_actor_init_deaths = 3  # a machine may be lost while an actor loads its model there
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     if hasattr(context, "execution_no_progress_timeout_s"):
