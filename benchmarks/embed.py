@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--naive", action="store_true")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    cohort = make_cohort(options.folder, max([*options.sizes, READ_CELLS]))
+    cohort = make_cohort(options.folder, max(*options.sizes, READ_CELLS) if options.sizes else CELLS_A_PATIENT)
     found: dict[str, Any] = {"hardware": hardware(), "versions": library_versions()}
     found["precision"] = Embedder.load().precision
     if options.sizes:

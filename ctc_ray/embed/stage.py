@@ -254,7 +254,9 @@ def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision:
         with progress.task("embed", total=len(units)) as task:
             for row in stream_units(section, cohort.store, units, precision, progress):
                 job = by_part[row["part"]]
-                waiting[job.patient].discard(row["part"])
+                if row["part"] not in waiting[job.patient]:
+                    continue  # done again after a worker was lost
+                waiting[job.patient].remove(row["part"])
                 if row["kind"]:
                     failures[job.patient].append(FailureRow(row["part"], row["kind"], row["message"]))
                 else:
