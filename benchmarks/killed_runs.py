@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,14 +77,18 @@ class Job:
 
 def processes_of(mark: str) -> list[psutil.Process]:
     """Processes that were started with this mark, and theirs: Ray's workers write their title over their environment."""
-    found: dict[int, psutil.Process] = {}
+    everyone, children, found = {}, defaultdict[int, list[int]](list), list[int]()
     for process in psutil.process_iter():
         try:
+            everyone[process.pid] = process
+            children[process.ppid()].append(process.pid)
             if process.environ().get(MARK) == mark:
-                found.update({one.pid: one for one in (process, *process.children(recursive=True))})
+                found.append(process.pid)
         except (psutil.Error, OSError):  # it ended, or belongs to someone else
             continue
-    return list(found.values())
+    for parent in found:  # grows while it is gone through
+        found += [child for child in children[parent] if child not in found]
+    return [everyone[pid] for pid in found]
 
 
 def victims(kind: str, mark: str, rng: np.random.Generator) -> list[psutil.Process]:

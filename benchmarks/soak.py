@@ -44,6 +44,8 @@ RESULTS = Path(__file__).parent / "results" / "soak.json"
 KINDS = ("actor", "node", "driver")
 EARLY_SHARE = 0.15
 """Share of the kills that come while the run still starts."""
+LATEST_SHARE = 0.95
+"""Files of the last patient come and go too fast to wait for."""
 MAX_RUNS_A_ROUND = 25
 
 
@@ -57,7 +59,7 @@ def plan_kills(rng: np.random.Generator, kinds: Sequence[str], most: int, done: 
         done: share of the files that are there already.
     """
     plan: list[tuple[str, float]] = []
-    for share in sorted(rng.uniform(done, 1.0, int(rng.integers(1, most + 1)))):
+    for share in sorted(rng.uniform(done, LATEST_SHARE, int(rng.integers(1, most + 1)))):
         kind = str(rng.choice(kinds))
         if kind == "node" and any(former == "node" for former, _ in plan):
             continue
@@ -151,7 +153,7 @@ def soak(job: Job, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         runs: list[Run] = []
         while not runs or (runs[-1].exit_code != 0 and not runs[-1].hung):
             wanted = min(options.kills_a_run, options.kills - len(kills) - sum(len(run.kills) for run in runs))
-            done = min(len(watch.seen) / watch.expected, 0.95)
+            done = min(len(watch.seen) / watch.expected, 0.9)
             plan = plan_kills(rng, options.kinds, wanted, done) if wanted else []
             runs.append(run_once(watch, plan, rng))
             print_run(rounds, runs[-1])
