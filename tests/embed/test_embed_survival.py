@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 ROLES = {"007": "train", "12": "test"}
 OVERRIDES = ["embed.encoder=default", "embed.precision=fp32", "embed.num_actors=2"]
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(cohort: Cohort, *overrides: str) -> tuple[int, int]:
@@ -169,7 +169,7 @@ def test_lost_machine_is_done_without(tmp_path: Path) -> None:
     script = Path(__file__).with_name("embed_on_machines.py")
     overrides = [*OVERRIDES, "embed.unit_cells=4", "embed.num_actors=3"]
     command = [sys.executable, str(script), str(tmp_path / "c"), *overrides]
-    subprocess.run(command, env=environment, check=True, timeout=500)
+    subprocess.run(command, env=environment, check=True, timeout=800)
     assert_complete(cohort, resumed=False)
     nodes = {row["node"] for p in ROLES for row in cohort.require(f"embeddings/default/{p}", "embed").workers}
     assert len(nodes) >= 2
