@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +52,8 @@ from ctc_ray.storage import Store
 
 LISTS_FILE = "lists.faiss"
 _MAX_TRAINING_SHARDS = 256
+_FOOTERS_AT_ONCE = 16
+"""Each costs an object store's answer, and next to no work."""
 _MAX_COMPARED_SHARE = 0.1
 """Where lists have to compare a query with more of the vectors than this, a graph is tried as well."""
 _COST_IN_GRAPH = 4
@@ -88,28 +91,32 @@ def shards_of(cohort: Cohort, encoder: str, patients: dict[str, str]) -> tuple[l
     Returns:
         Shards in the order of the patients; and patient -> why one of its shards cannot be read.
     """
-    found, refused = [], {}
-    for patient, identity in patients.items():
-        folder = cohort.embeddings(encoder, patient)
-        shards = []
-        for path in cohort.shards(folder):
-            try:
-                rows, width = _extent(cohort.store, path)
-                shards.append(Shard(patient, path[len(folder) + 1 :], identity, rows, width))
-            except CtcRayError as error:
-                refused[patient] = Refusal(path, type(error).__name__, str(error))
-        if patient not in refused:
-            found += [shard for shard in shards if shard.rows]
+    folders = {patient: cohort.embeddings(encoder, patient) for patient in patients}
+    paths = [(patient, path) for patient, folder in folders.items() for path in cohort.shards(folder)]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        extents = list(pool.map(lambda one: _extent(cohort.store, one[1]), paths))
+    refused: dict[str, Refusal] = {}
+    for (patient, path), extent in zip(paths, extents, strict=True):
+        if isinstance(extent, CtcRayError):
+            refused[patient] = Refusal(path, type(extent).__name__, str(extent))
+    found = [
+        Shard(patient, path[len(folders[patient]) + 1 :], patients[patient], *extent)
+        for (patient, path), extent in zip(paths, extents, strict=True)
+        if not isinstance(extent, CtcRayError) and patient not in refused and extent[0]
+    ]
     return found, refused
 
 
-def _extent(store: Store, path: str) -> tuple[int, int]:
-    """Rows and width of one shard of embeddings."""
-    schema = store.read_schema(path)
-    kind = schema.field("embedding").type if "embedding" in schema.names else None
-    if kind is None or not pa.types.is_fixed_size_list(kind):
-        raise SchemaError(f"{store.describe(path)}: column 'embedding' is {kind}, expected vectors: embed again")
-    return store.num_rows(path), int(kind.list_size)
+def _extent(store: Store, path: str) -> tuple[int, int] | CtcRayError:
+    """Rows and width of one shard of embeddings, or why they cannot be known."""
+    try:
+        schema = store.read_schema(path)
+        kind = schema.field("embedding").type if "embedding" in schema.names else None
+        if kind is None or not pa.types.is_fixed_size_list(kind):
+            return SchemaError(f"{store.describe(path)}: column 'embedding' is {kind}, expected vectors: embed again")
+        return store.num_rows(path), int(kind.list_size)
+    except CtcRayError as error:
+        return error
 
 
 def refuse_other_widths(shards: Sequence[Shard], width: int | None) -> tuple[list[Shard], dict[str, Refusal]]:
