@@ -25,6 +25,7 @@ def main(folder: str, overrides: list[str]) -> None:
     cluster.add_node(**MACHINE)
     last = cluster.add_node(**MACHINE)
     ray.init(address=cluster.address, log_to_driver=False)
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 400  # all actors are there before the first unit
     failures: list[Exception] = []
 
     def embed() -> None:
