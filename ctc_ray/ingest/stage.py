@@ -238,7 +238,7 @@ def _ingest(run: _Run, pools: Sequence[Any], progress: Progress) -> tuple[Busy, 
             begin_finish(patient)
         for row in _rows(run, pools):
             times.add(row)
-            if _count(row, tallies[row["patient"]], task):
+            if row["patient"] in tallies and _count(row, tallies[row["patient"]], task):
                 begin_finish(row["patient"])
             unfinished += finishing.collect()
         unfinished += finishing.collect_all() + joining.collect_all()
@@ -298,7 +298,9 @@ def _rows(run: _Run, pools: Sequence[Any]) -> Iterator[dict[str, Any]]:
 
 def _count(row: dict[str, Any], tally: _Tally, task: Task) -> bool:
     """Note one finished field; True where it was the patient's last."""
-    tally.left.discard(row["field"])
+    if row["field"] not in tally.left:
+        return False  # a field counts once, whatever was repeated behind a lost machine
+    tally.left.remove(row["field"])
     tally.seconds += row["seconds"]
     tally.rows.append({name: row[name] for name in STATISTICS_SCHEMA.names})
     if row["kind"] is not None:
