@@ -108,19 +108,20 @@ def vectors_of(options: argparse.Namespace) -> tuple[Draw, Float32]:
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """Peak resident MB of this process and of it with its children, sampled; mapped files count where they are touched."""
-    found, done, process = {"driver_mb": 0.0, "all_mb": 0.0}, threading.Event(), psutil.Process()
+    """Peak MB that belong to this process alone, and to the largest of its children alone (Ray's workers among them), sampled."""
+    found, done, process = {"driver_mb": 0.0, "worker_mb": 0.0}, threading.Event(), psutil.Process()
+
+    def own_mb(one: psutil.Process) -> float:
+        try:
+            return float(one.memory_full_info().uss) / 2**20
+        except psutil.Error:  # it ended
+            return 0.0
 
     def sample() -> None:
-        while not done.wait(0.2):
-            own = process.memory_info().rss / 2**20
-            others = 0.0
-            for child in process.children(recursive=True):
-                try:
-                    others += child.memory_info().rss / 2**20
-                except psutil.NoSuchProcess:
-                    continue
-            found["driver_mb"], found["all_mb"] = max(found["driver_mb"], own), max(found["all_mb"], own + others)
+        while not done.wait(0.5):
+            workers = [own_mb(child) for child in process.children(recursive=True)]
+            found["driver_mb"] = max(found["driver_mb"], own_mb(process))
+            found["worker_mb"] = max(found["worker_mb"], *workers, 0.0)
 
     watcher = threading.Thread(target=sample, daemon=True)
     watcher.start()
