@@ -328,7 +328,7 @@ def _result(run: _Run, busy: Busy, embedded_after: int, seconds: float) -> Stage
     counts = {
         **found.counts,
         "embedded": sum(record.counts.get("cells", 0) for record in records if record),
-        "embedded_after": embedded_after,
+        "embedded_at_the_end": embedded_after,
     }
     paths = [
         run.cohort.store.describe(path)
