@@ -271,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("{kind:8}{kills:7}{survived:10}{resumed:9}{hung:6}{median_s_lost:15}{most_s_lost:13}".format(**row))
     print("\n".join(result["problems"]) or f"no difference in {result['rounds']} rounds")
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    about = {"hardware": hardware(), "versions": library_versions(), "seed": options.seed}
+    given = ("kills", "kills_a_run", "kinds", "seed", "patients", "cells", "fields")
+    settings = {name: getattr(options, name) for name in given}
+    about = {"hardware": hardware(), "versions": library_versions(), "settings": settings}
     known[options.stage] = {**result, **about, "load_average": [round(value, 1) for value in os.getloadavg()]}
     options.out.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     return 1 if result["problems"] else 0
