@@ -26,6 +26,8 @@ from ctc_ray.cluster import connect
 from ctc_ray.config import RayConfig
 from ctc_ray.records import library_versions
 
+READERS = 2
+"""Reading tasks at once, as embedding has on processors."""
 RESULTS = Path(__file__).parent / "results" / "scheduler.json"
 
 
@@ -58,7 +60,13 @@ def feed(num_units: int, num_actors: int) -> dict[str, float]:
     cpu, memory, started = time.process_time(), process.memory_info().rss, time.perf_counter()
     rows = (
         ray.data.from_items(units, override_num_blocks=num_units)
-        .map_batches(read_nothing, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
+        .map_batches(
+            read_nothing,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=0.1,
+            compute=ray.data.TaskPoolStrategy(size=READERS),
+        )
         .map_batches(
             EmbedNothing,
             batch_size=1,
