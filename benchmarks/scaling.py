@@ -7,6 +7,7 @@ Rates are read from `benchmarks/results/*.json`, and the table names the command
 said to be missing, and its stage is left out of the sum; `--rate embed.gpu=20000` states one, which is then marked `given`. Prices are
 yours to state; without them no cost is printed. `benchmarks/results/embed.json` is read where it holds
 `{"rates": [{"device": "cpu", "crops_per_second": 1.0, "devices": 1}]}`: crops a second of the whole pipeline on so many cores or GPUs.
+`benchmarks/results/scheduler.json` says how many units a second one driver hands out.
 """
 
 from __future__ import annotations
@@ -164,6 +165,26 @@ def sizes(crops: int, width: int, unit_cells: int, cores: int, embed_per_s: floa
     return found
 
 
+def fed_actors(folder: Path, unit_cells: int, embed: Rate) -> dict[str, float]:
+    """How many embedding actors one driver keeps at work, by what Ray's loop was measured to take a unit.
+
+    Args:
+        folder: holds `scheduler.json`; without it, or without a rate, nothing is said.
+        unit_cells: cells of a unit.
+        embed: crops a second of one actor.
+    """
+    path = folder / "scheduler.json"
+    if embed.value is None or not path.is_file():
+        return {}
+    units_per_s = float(json.loads(path.read_text())["units_per_s"])
+    seconds = unit_cells / embed.value
+    return {
+        "units a second through one driver": units_per_s,
+        "seconds of a unit on one actor": seconds,
+        "actors that one driver keeps at work": math.floor(units_per_s * seconds),
+    }
+
+
 def _pairs(texts: Sequence[str], option: str) -> dict[str, float]:
     found = {}
     for text in texts:
@@ -196,6 +217,8 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     embed = next((step for step in steps if step.stage == "embed"), None)
     per_s = None if embed is None else options.crops / embed.hours / 3600.0
     found = sizes(options.crops, options.width, config.embed.unit_cells, options.cores, per_s)
+    device = "gpu" if options.gpus else "cpu"
+    found |= fed_actors(options.results, config.embed.unit_cells, rates[f"embed.{device}"])
     if "gb-month" in prices:
         found["storage a month, cost"] = (found["crops, GB"] + found["embeddings, GB"]) * prices["gb-month"]
     return {

@@ -32,6 +32,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core prints hints for its developers among our lines; its log files keep them
 }
+_started_here = False
 
 
 @contextlib.contextmanager
@@ -46,6 +47,7 @@ def connect(address: str | None = None, config: RayConfig | None = None) -> Iter
     Raises:
         ResourceError: the cluster cannot be reached.
     """
+    global _started_here
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import ray
@@ -69,6 +71,7 @@ def connect(address: str | None = None, config: RayConfig | None = None) -> Iter
             with _hidden_native_stderr():
                 # "local": never join a cluster that happens to run on this machine; --address does that.
                 ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes, **quiet)
+            _started_here = True
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"the Ray cluster at {target}" if target else "a Ray cluster on this machine"
         raise ResourceError(
@@ -78,7 +81,13 @@ def connect(address: str | None = None, config: RayConfig | None = None) -> Iter
     try:
         yield
     finally:
+        _started_here = False
         ray.shutdown()
+
+
+def started_here() -> bool:
+    """Whether `connect` started the cluster in use on this machine: it has all the machines that it will ever have."""
+    return _started_here
 
 
 @contextlib.contextmanager
@@ -103,6 +112,7 @@ def _bound_data_blocks() -> None:
     log_once("ray_data_progress_manager_disabled")  # says once that bars are off: they are, ours stand in their place
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 32 * 2**20
+    context.max_consecutive_actor_init_deaths = 3  # a machine may be lost while an actor loads its model there
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     if hasattr(context, "execution_no_progress_timeout_s"):

@@ -113,7 +113,9 @@ class SegmentConfig(Section):
     num_instance_actors: Count = operational(1)
     """Actors for non-maximum suppression and crops."""
     use_gpu: bool = operational(default=False)
-    """Whether each StarDist actor gets a GPU."""
+    """Whether StarDist actors get GPUs."""
+    gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = operational(1.0)
+    """With `use_gpu`: GPUs of a StarDist actor; a fraction lets several actors, also those that embed, share one."""
 
 
 class TrainSegmenterConfig(Section):
@@ -319,14 +321,18 @@ class EmbedConfig(Section):
     """Intensity rule: the encoder's own, full scale to -1..1, or the range of each crop and channel (the paper's text)."""
     full_scale: Annotated[float, Field(gt=0)] | None = None
     """Count of a saturated pixel; null: 255 for 8 bit, 4,095 for 16 bit (12-bit cameras store their counts so)."""
-    batch_size: Count = operational(256)
-    """Crops a forward pass."""
+    batch_size: Count | None = operational(None)
+    """Crops a forward pass; null: 64 on a processor, 1,024 on a GPU."""
     num_actors: Count = operational(2)
-    """Embedding actors."""
-    unit_cells: Count = operational(2000)
-    """Cells a unit of work: what a killed run computes again at most, per actor."""
+    """Embedding actors at most."""
+    num_threads: Count = operational(1)
+    """Threads of one actor."""
+    unit_cells: Count = operational(1000)
+    """Cells a unit of work (at most 32 MiB of pixels): what a killed run computes again at most, per actor."""
     use_gpu: bool = operational(default=False)
     """Whether each actor gets a GPU."""
+    gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = operational(1.0)
+    """Share of a GPU that each actor gets, where `use_gpu`."""
 
 
 FAST_MAP: Mapping[str, Any] = {
@@ -474,7 +480,7 @@ class IndexConfig(Section):
     """`flat` compares with every vector; `ivf` with those of the nearest lists; `hnsw` walks a graph (built by one task). `auto`:
     flat up to `exact_below` cells, then ivf, and hnsw where ivf would have to read too many lists for `target_recall`."""
     exact_below: Count = operational(60_000)
-    """Cells up to which a flat index still answers 1,000 queries/s on two cores (`benchmarks/index.py` measures it)."""
+    """Cells up to which a flat index, which is exact, answers a single query well within 5 ms (`benchmarks/index.py --sizes`)."""
     target_recall: Annotated[float, Field(gt=0, lt=1)] = operational(0.99)
     """Recall of the nearest ten against the exact answer, which the number of lists read is chosen for on the data."""
     device: Literal["auto", "cpu"] = operational("auto")

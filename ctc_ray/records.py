@@ -81,6 +81,10 @@ class StageResult:
     counts: dict[str, int] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    """Sentences that the command prints below the counts."""
+    failures_of: str = ""
+    """Stage in whose name the set-aside units are listed; empty for this one."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +43,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, a
 Patients = Annotated[
     list[str] | None, typer.Option("--patients", help="Only these patients; repeatable, or separated by commas.")
 ]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try again what was set aside.")]
 Cartridges = Annotated[str, typer.Option("--cartridges", help="Folder that holds one folder a patient.")]
 
 
@@ -92,14 +93,33 @@ def _stage(
         finish(run(session))
 
 
+def _from_images(
+    uri: str,
+    options: tuple[Path | None, list[str] | None, str | None, bool, bool],
+    run: Callable[..., StageResult],
+    plan: Callable[..., list[PlanRow]],
+    patients: list[str] | None,
+    *,
+    retry_failed: bool,
+    **source: str,
+) -> None:
+    """Plan or run a stage that starts a cohort from images."""
+    chosen: dict[str, Any] = {**source, "patients": parse_patients(patients), "retry_failed": retry_failed}
+    _stage(
+        uri,
+        options,
+        lambda s: run(s.config, s.cohort, **chosen, force=s.force, progress=s.progress),
+        lambda s: plan(s.config, s.cohort, **chosen),
+        create=True,
+    )
+
+
 @app.command()
 def segment(
     cohort: CohortUri,
     cartridges: Cartridges,
     patients: Patients = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the fields again that were set aside.")
-    ] = False,
+    retry_failed: RetryFailed = False,
     config: ConfigFile = None,
     set_: Overrides = None,
     address: Address = None,
@@ -109,22 +129,27 @@ def segment(
     """Find cells with StarDist and cut them out."""
     from ctc_ray.segment.stage import plan_segment, run_segment
 
-    names = parse_patients(patients)
-    _stage(
-        cohort,
-        (config, set_, address, force, dry_run),
-        lambda s: run_segment(
-            s.config,
-            s.cohort,
-            cartridges=cartridges,
-            patients=names,
-            force=s.force,
-            retry_failed=retry_failed,
-            progress=s.progress,
-        ),
-        lambda s: plan_segment(s.config, s.cohort, cartridges=cartridges, patients=names, retry_failed=retry_failed),
-        create=True,
-    )
+    options = (config, set_, address, force, dry_run)
+    _from_images(cohort, options, run_segment, plan_segment, patients, retry_failed=retry_failed, cartridges=cartridges)
+
+
+@app.command()
+def ingest(
+    cohort: CohortUri,
+    cartridges: Cartridges,
+    patients: Patients = None,
+    retry_failed: RetryFailed = False,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Segment and embed in one streaming plan, with an encoder that is there already."""
+    from ctc_ray.ingest.stage import plan_ingest, run_ingest
+
+    options = (config, set_, address, force, dry_run)
+    _from_images(cohort, options, run_ingest, plan_ingest, patients, retry_failed=retry_failed, cartridges=cartridges)
 
 
 @app.command("import-crops")
@@ -134,9 +159,7 @@ def import_crops(
         str, typer.Argument(metavar="SOURCE", help="CSV, Parquet or npz file, or a folder of them; a path or URI.")
     ],
     patients: Patients = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Import patients again of which rows were set aside.")
-    ] = False,
+    retry_failed: RetryFailed = False,
     config: ConfigFile = None,
     set_: Overrides = None,
     address: Address = None,
@@ -146,21 +169,9 @@ def import_crops(
     """Bring in single-cell images that another program cut out: image files, npz arrays, Parquet."""
     from ctc_ray.imports.stage import plan_import_crops, run_import_crops
 
-    names = parse_patients(patients)
-    _stage(
-        cohort,
-        (config, set_, address, force, dry_run),
-        lambda s: run_import_crops(
-            s.config,
-            s.cohort,
-            source=source,
-            patients=names,
-            force=s.force,
-            retry_failed=retry_failed,
-            progress=s.progress,
-        ),
-        lambda s: plan_import_crops(s.config, s.cohort, source=source, patients=names, retry_failed=retry_failed),
-        create=True,
+    options = (config, set_, address, force, dry_run)
+    _from_images(
+        cohort, options, run_import_crops, plan_import_crops, patients, retry_failed=retry_failed, source=source
     )
 
 

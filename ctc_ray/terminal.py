@@ -26,14 +26,15 @@ def print_result(result: StageResult) -> None:
     console.print(f"{result.stage}: {', '.join(parts)} in {result.seconds:.1f} s", markup=False)
     for name, value in result.counts.items():
         console.print(f"  {name.replace('_', ' ')}: {value:,}", markup=False)
+    for note in result.notes:
+        console.print(f"  {note}", markup=False, soft_wrap=True)
     for path in result.paths[:8]:
         console.print(f"  {path}", markup=False, soft_wrap=True)
     if len(result.paths) > 8:
         console.print(f"  and {len(result.paths) - 8} more", markup=False)
     if result.set_aside:
-        console.print(
-            f"  reasons: failures/{result.stage}/ (try again with --retry-failed where the stage has it)", markup=False
-        )
+        folder = f"failures/{result.failures_of or result.stage}/"
+        console.print(f"  reasons: {folder} (try again with --retry-failed where the stage has it)", markup=False)
 
 
 def print_plan(rows: list[PlanRow]) -> None:

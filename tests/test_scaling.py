@@ -97,3 +97,14 @@ def test_prices_are_checked_and_storage_is_counted_where_one_is_given(tmp_path: 
     for wrong in ("gb-mont=1", "gpu-hour", "gpu-hour=-1", "gpu-hour=x"):
         with pytest.raises(ConfigError):
             _plan(tmp_path, price=[wrong])
+
+
+def test_driver_feeds_as_many_actors_as_units_end_while_one_is_under_way(tmp_path: Path) -> None:
+    rate = Rate("embed.cpu", "", 500.0, "given")
+    assert scaling.fed_actors(tmp_path, 2000, rate) == {}
+    (tmp_path / "scheduler.json").write_text(json.dumps({"units_per_s": 60.0}))
+    found = scaling.fed_actors(tmp_path, 2000, rate)
+    assert found["seconds of a unit on one actor"] == 4.0
+    assert found["actors that one driver keeps at work"] == 240
+    assert scaling.fed_actors(tmp_path, 2000, Rate("embed.cpu", "", None, "")) == {}
+    assert _plan(tmp_path, rate=["embed.cpu=500"])["sizes"]["actors that one driver keeps at work"] == 2400

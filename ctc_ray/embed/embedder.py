@@ -1,6 +1,6 @@
 """A batch of crops in, a vector for each out.
 
-Shape letters: N crops, C channels, H rows, W columns, D embedding width.
+Shape letters: N crops, C channels, H rows, W columns, D embedding width, L counts that a dtype can hold.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name torch's own documentation uses)
 from torch import nn
 
+from ctc_ray.embed.frozen_xcit import freeze_xcit
 from ctc_ray.errors import SchemaError, WeightsError
 from ctc_ray.pretrain.encoder import DEFAULT_FOLDER, EncoderSpec, decode_encoder, load_folder
-from ctc_ray.pretrain.intensity import IntensityRule, RuleName, scale_for_network, to_fraction
+from ctc_ray.pretrain.intensity import IntensityRule, RuleName, full_scale_of, scale_for_network, to_fraction
 from ctc_ray.pretrain.precision import Resolved, autocast, default_device, resolve_precision
 from ctc_ray.schema import CROP_SIZE_PX
 
 Precision = Literal["auto", "fp32", "bf16"]
 DEFAULT_NAME: Final = "default"
 """Name of the encoder that ships with the package."""
-_DEFAULT_BATCH: Final = 256
+_BATCH_SIZE: Final = {"cpu": 64, "cuda": 1024}
+"""Crops a forward pass where nobody says otherwise: on a processor what comes between layers stays in its cache (32 to 128 are
+equally fast within the noise of `benchmarks/embed.py`), a GPU needs enough to be busy."""
 
 
 class Embedder:
@@ -35,7 +38,7 @@ class Embedder:
         precision: `auto` takes bf16 where the hardware multiplies it.
         intensity: name of another intensity rule than the encoder's own (`reference` or `minmax`).
         device: where to compute; the GPU where there is one by default.
-        batch_size: crops a forward pass.
+        batch_size: crops a forward pass; None takes what suits the device.
 
     Example:
         >>> embed = Embedder.load()
@@ -50,14 +53,18 @@ class Embedder:
         precision: Precision = "auto",
         intensity: RuleName | None = None,
         device: torch.device | None = None,
-        batch_size: int = _DEFAULT_BATCH,
+        batch_size: int | None = None,
     ) -> None:
         self.spec = spec
         self.rule = spec.intensity if intensity in (None, spec.intensity.name) else _named_rule(intensity, spec)
         self.device = device or default_device()
         self.precision: Resolved = resolve_precision(precision, self.device)
-        self._backbone = backbone.eval().to(self.device)
-        self._batch_size = batch_size
+        frozen = freeze_xcit(backbone.eval().cpu(), spec.input_size_px, _DTYPES[self.precision])
+        self._network = (backbone if frozen is None else frozen).to(self.device)
+        # What is not frozen keeps float32 weights, which autocast casts at each use.
+        self._autocast: Resolved = "fp32" if frozen is not None else self.precision
+        self._batch_size = batch_size or _BATCH_SIZE.get(self.device.type, 256)
+        self._tables: dict[tuple[str, float | None], torch.Tensor] = {}
 
     @classmethod
     def load(
@@ -67,7 +74,7 @@ class Embedder:
         *,
         intensity: RuleName | None = None,
         device: torch.device | None = None,
-        batch_size: int = _DEFAULT_BATCH,
+        batch_size: int | None = None,
     ) -> Embedder:
         """Load an encoder.
 
@@ -140,14 +147,37 @@ class Embedder:
     @torch.inference_mode()
     def _embed_batch(self, crops_NCHW: npt.NDArray[Any], full_scale: float | None) -> npt.NDArray[np.float32]:
         # Scaling stays in fp32; only the network computes in bf16.
-        scaled = scale_for_network(to_fraction(crops_NCHW, full_scale).to(self.device), self.rule)
+        scaled = self._scaled(crops_NCHW, full_scale)
         side = self.spec.input_size_px
         if scaled.shape[-1] != side:
             scaled = F.interpolate(scaled, size=(side, side), mode="bilinear", align_corners=False)
-        with autocast(self.precision, self.device):
-            vectors = self._backbone(scaled)
+        with autocast(self._autocast, self.device):
+            vectors = self._network(scaled)
         result: npt.NDArray[np.float32] = vectors.float().cpu().numpy()
         return result
+
+    def _scaled(self, crops_NCHW: npt.NDArray[Any], full_scale: float | None) -> torch.Tensor:
+        """The network's input (N, C, H, W) float32 on the device."""
+        if self.rule.name == "minmax":  # depends on the crop
+            return scale_for_network(to_fraction(crops_NCHW, full_scale).to(self.device), self.rule)
+        key = (crops_NCHW.dtype.name, full_scale)
+        if key not in self._tables:
+            self._tables[key] = _table(self.rule, crops_NCHW.dtype, self.spec.channels, full_scale).to(self.device)
+        table_CL = self._tables[key]
+        # Widened here: as int32 it is a copy, which read-only crops from Arrow need anyway.
+        index = torch.from_numpy(crops_NCHW.astype(np.int32)).to(self.device)
+        index += torch.arange(len(table_CL), dtype=torch.int32, device=self.device).view(-1, 1, 1) * table_CL.shape[1]
+        return table_CL.view(-1).index_select(0, index.view(-1)).view(index.shape)
+
+
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _table(rule: IntensityRule, dtype: np.dtype[Any], channels: int, full_scale: float | None) -> torch.Tensor:
+    """What every count of a dtype becomes, (C, L) float32: a lookup a pixel instead of a logarithm and a root."""
+    counts = np.arange(int(full_scale_of(dtype)) + 1).astype(dtype)
+    every = np.broadcast_to(counts, (1, channels, 1, len(counts)))
+    return scale_for_network(to_fraction(every, full_scale), rule)[0, :, 0].contiguous()
 
 
 def _named_rule(name: RuleName | None, spec: EncoderSpec) -> IntensityRule:

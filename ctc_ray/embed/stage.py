@@ -1,6 +1,7 @@
 """The embed stage: units of cells through a pool of embedding actors, complete per patient.
 
-The driver sees one small status row a unit; pixels and vectors stay in the workers, which write the files themselves.
+The driver sees one small status row a unit; pixels and vectors stay in the workers, which write the files themselves
+(`ctc_ray/embed/stream.py`).
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
-import torch
 
-from ctc_ray.cluster import worker_identity
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import EmbedConfig, RunConfig
-from ctc_ray.embed.compute import embed_unit
-from ctc_ray.embed.embedder import DEFAULT_NAME, Embedder
+from ctc_ray.embed.embedder import DEFAULT_NAME
+from ctc_ray.embed.stream import stream_units
 from ctc_ray.embed.units import PARTS, Unit, consolidate, finished_parts, parts_folder, units_of
-from ctc_ray.errors import CtcRayError, SchemaError
+from ctc_ray.errors import named_error
 from ctc_ray.pretrain.encoder import (
     DEFAULT_FOLDER,
     DESCRIPTION_FILE,
@@ -30,7 +28,6 @@ from ctc_ray.pretrain.encoder import (
     verify,
 )
 from ctc_ray.pretrain.measure import worker_precision
-from ctc_ray.pretrain.precision import default_device
 from ctc_ray.progress import Progress
 from ctc_ray.records import (
     FailureRow,
@@ -46,7 +43,6 @@ from ctc_ray.records import (
     write_failures,
     write_record,
 )
-from ctc_ray.storage import Store
 
 STAGE = "embed"
 _PRECISION_FILE = "precision.json"
@@ -63,14 +59,21 @@ class _Job:
     inputs: dict[str, str]
     units: tuple[Unit, ...]
     missing: tuple[Unit, ...]
+    kept: Record | None = None
+    """Record of vectors that stay: cells were added beside them (`segment --retry-failed`) and `units` are of those alone."""
+
+    @property
+    def units_kept(self) -> int:
+        """Units of the vectors that stay."""
+        return self.kept.units_computed + self.kept.units_reused if self.kept else 0
 
 
 def plan_embed(config: RunConfig, cohort: Cohort, *, patients: list[str] | None = None) -> list[PlanRow]:
     """Say what `run_embed` would do, patient by patient; touches nothing and needs no Ray."""
     section = config.embed
-    precision = _recorded_precision(section, cohort)
+    precision = recorded_precision(section, cohort)
     rows = []
-    spec = _encoder_spec(cohort, section.encoder) if _has_encoder(cohort, section.encoder) else None
+    spec = encoder_spec(cohort, section.encoder) if has_encoder(cohort, section.encoder) else None
     for patient in cohort.select_patients(patients):
         folder = cohort.embeddings(section.encoder, patient)
         if spec is None:
@@ -80,8 +83,12 @@ def plan_embed(config: RunConfig, cohort: Cohort, *, patients: list[str] | None 
         elif precision is None:
             rows.append(PlanRow(patient, State.ABSENT, "nothing is embedded with this encoder yet"))
         else:
-            identity, _, _ = _identity(section, cohort, patient, spec, precision)
+            cells = cohort.require(cohort.cells(patient), "segment")
+            identity, _, _ = embed_identity(section, cells.identity, spec, precision)
             state = state_of(cohort.store, folder, identity)
+            if state is State.COMPLETE and added_shards(cohort, patient, folder):
+                rows.append(PlanRow(patient, State.ABSENT, "cells were added since"))
+                continue
             why = {
                 State.ABSENT: "not embedded yet",
                 State.STALE: "made from other cells, another encoder or other settings: --force replaces it",
@@ -112,14 +119,16 @@ def run_embed(
         MissingInputError: a patient was not segmented, or the encoder is not there.
         StaleOutputError: embeddings of other cells, another encoder or other settings are there, without `force`.
         SchemaError: cells cannot be read; patients without such cells are complete nevertheless.
+        StorageError: parts cannot be written, on a full disk for instance; what was written is reused by the next run.
+        ResourceError: not one embedding actor fits the cluster.
     """
     started = time.monotonic()
     section = config.embed
     chosen = cohort.select_patients(patients)
     for patient in chosen:
         cohort.require(cohort.cells(patient), "segment")
-    spec = _encoder_spec(cohort, section.encoder)
-    precision = _recorded_precision(section, cohort) or _fix_precision(section, cohort)
+    spec = encoder_spec(cohort, section.encoder)
+    precision = recorded_precision(section, cohort) or fix_precision(section, cohort)
     jobs, kept = [], []
     for patient in chosen:
         job = _job(section, cohort, patient, spec, precision, force=force)
@@ -130,7 +139,7 @@ def run_embed(
     cells = _run_jobs(section, cohort, jobs, precision, progress)
     done = [read_record(cohort.store, cohort.embeddings(section.encoder, p)) for p in kept]
     reused = sum(r.units_computed + r.units_reused for r in done if r is not None)
-    reused += sum(len(job.units) - len(job.missing) for job in jobs)
+    reused += sum(len(job.units) - len(job.missing) + job.units_kept for job in jobs)
     cells += sum(r.counts.get("cells", 0) for r in done if r is not None)
     return StageResult(
         stage=STAGE,
@@ -142,11 +151,18 @@ def run_embed(
     )
 
 
-def _has_encoder(cohort: Cohort, encoder: str) -> bool:
+def has_encoder(cohort: Cohort, encoder: str) -> bool:
+    """Whether the encoder of that name is there: in the cohort, or as the one that ships with the package."""
     return encoder == DEFAULT_NAME or read_record(cohort.store, cohort.encoder(encoder)) is not None
 
 
-def _encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
+def encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
+    """Description of an encoder, its weights checked.
+
+    Raises:
+        MissingInputError: it is not there.
+        WeightsError: it is damaged.
+    """
     if encoder == DEFAULT_NAME:
         _, description = read_folder(DEFAULT_FOLDER)
         return decode_spec(description, str(DEFAULT_FOLDER))
@@ -159,31 +175,11 @@ def _encoder_spec(cohort: Cohort, encoder: str) -> EncoderSpec:
     return spec
 
 
-def _load_embedder(store: Store, section: EmbedConfig, precision: str) -> Embedder:
-    """Load the encoder inside a worker, by the package or from the cohort."""
-    if section.encoder == DEFAULT_NAME:
-        (weights, description), where = read_folder(DEFAULT_FOLDER), str(DEFAULT_FOLDER)
-    else:
-        folder = Cohort(store).encoder(section.encoder)
-        where = store.describe(folder)
-        weights = store.read_bytes(f"{folder}/{WEIGHTS_FILE}")
-        description = store.read_bytes(f"{folder}/{DESCRIPTION_FILE}")
-    return Embedder.from_files(
-        weights,
-        description,
-        where,
-        precision=precision,
-        intensity=None if section.intensity == "encoder" else section.intensity,
-        device=default_device(section.use_gpu),
-        batch_size=section.batch_size,
-    )
-
-
 def _precision_path(cohort: Cohort, encoder: str) -> str:
     return f"{cohort.embeddings(encoder, _PRECISION_FILE)}"
 
 
-def _recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
+def recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
     """The precision of this cohort's embeddings: the configured one, or what `auto` resolved to the first time."""
     if section.precision != "auto":
         return section.precision
@@ -191,20 +187,38 @@ def _recorded_precision(section: EmbedConfig, cohort: Cohort) -> str | None:
     return str(cohort.store.read_json(path)["precision"]) if cohort.store.exists(path) else None
 
 
-def _fix_precision(section: EmbedConfig, cohort: Cohort) -> str:
+def fix_precision(section: EmbedConfig, cohort: Cohort) -> str:
     """Resolve `auto` on a worker of the kind that embeds, and record it for every later run and machine."""
     precision = worker_precision("auto", use_gpu=section.use_gpu)
     cohort.store.write_json(_precision_path(cohort, section.encoder), {"precision": precision})
     return precision
 
 
-def _identity(
-    section: EmbedConfig, cohort: Cohort, patient: str, spec: EncoderSpec, precision: str
+def embed_identity(
+    section: EmbedConfig, cells_identity: str, spec: EncoderSpec, precision: str
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
-    cells = cohort.require(cohort.cells(patient), "segment")
-    inputs = {"cells": cells.identity, "encoder": spec.fingerprint}
+    """Identity of a patient's embeddings, with the settings and inputs that enter it and its record.
+
+    Args:
+        section: settings.
+        cells_identity: of the patient's cells, from their record or from the plan of those that are still to be found.
+        spec: the encoder's.
+        precision: what it computes in.
+    """
+    inputs = {"cells": cells_identity, "encoder": spec.fingerprint}
     settings = {k: v for k, v in section.identity().items() if k != "encoder"} | {"precision": precision}
     return identity_of(STAGE, settings, inputs), settings, inputs
+
+
+def added_shards(cohort: Cohort, patient: str, output: str) -> list[str]:
+    """Shards of a patient's cells that its complete embeddings lack: those of fields that were set aside at first.
+
+    `segment --retry-failed` writes the cells of such fields to further shards and leaves the others as they were, under the
+    same identity where the images had not changed.
+    """
+    record = read_record(cohort.store, output)
+    there = set(record.files) if record else set()
+    return [shard for shard in cohort.shards(cohort.cells(patient)) if shard.rsplit("/", 1)[-1] not in there]
 
 
 def _job(
@@ -212,62 +226,19 @@ def _job(
 ) -> _Job | None:
     """The patient's units and which of them are missing; None where the output is complete."""
     output = cohort.embeddings(section.encoder, patient)
-    identity, settings, inputs = _identity(section, cohort, patient, spec, precision)
+    cells = cohort.require(cohort.cells(patient), "segment")
+    identity, settings, inputs = embed_identity(section, cells.identity, spec, precision)
+    shards, kept = cohort.shards(cohort.cells(patient)), None
     if require_fresh(cohort.store, output, identity, force=force) is State.COMPLETE:
-        cohort.store.delete_folder(f"{output}/{PARTS}")  # left where a run was killed after its record
-        return None
+        shards, kept = added_shards(cohort, patient, output), read_record(cohort.store, output)
+        if not shards:
+            cohort.store.delete_folder(f"{output}/{PARTS}")  # left where a run was killed after its record
+            return None
     folder = parts_folder(output, identity)
-    units = units_of(cohort.store, patient, cohort.shards(cohort.cells(patient)), folder, section.unit_cells)
+    units = units_of(cohort.store, patient, shards, folder, section.unit_cells)
     present = finished_parts(cohort.store, folder)
     missing = tuple(unit for unit in units if unit.part not in present)
-    return _Job(patient, output, identity, settings, inputs, tuple(units), missing)
-
-
-class _EmbedActor:
-    """Holds one embedder and embeds one unit a call."""
-
-    def __init__(self, store: Store, section: EmbedConfig, precision: str) -> None:
-        torch.set_num_threads(1)
-        self._store = store
-        self._full_scale = section.full_scale
-        self._embedder = _load_embedder(store, section, precision)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Embed the units of a batch (one), and report a status row for each."""
-        node, pid = worker_identity()
-        rows: list[dict[str, Any]] = []
-        for row in batch.to_pylist():
-            unit = Unit(**row)
-            kind, message, cells = "", "", 0
-            try:
-                cells = embed_unit(self._store, unit, self._embedder, self._full_scale)
-            except CtcRayError as error:
-                # A damaged shard must not end the other patients' work; the driver reports it.
-                kind, message = type(error).__name__, str(error)
-            rows.append({"part": unit.part, "cells": cells, "node": node, "pid": pid, "kind": kind, "message": message})
-        return pa.Table.from_pylist(rows)
-
-
-def _status_rows(section: EmbedConfig, cohort: Cohort, units: list[Unit], precision: str) -> Any:
-    """Stream the units through the actors; yields one status row a unit as it is done."""
-    largest = min(section.num_actors, len(units))
-    # One processor stays free for the rest of the plan: a pool that waits for the last one waits for ever.
-    free = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)  # type: ignore[no-untyped-call]  # Ray has none there
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(largest, free))
-    dataset = ray.data.from_items(
-        [unit.to_row() for unit in units], override_num_blocks=min(len(units), 1000)
-    ).map_batches(
-        _EmbedActor,
-        fn_constructor_args=(cohort.store, section, precision),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=pool,
-        num_cpus=1,
-        num_gpus=1 if section.use_gpu else None,
-    )
-    batch: Any
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+    return _Job(patient, output, identity, settings, inputs, tuple(units), missing, kept)
 
 
 def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision: str, progress: Progress) -> int:
@@ -281,9 +252,11 @@ def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision:
     units = [unit for job in jobs for unit in job.missing]
     if units:
         with progress.task("embed", total=len(units)) as task:
-            for row in _status_rows(section, cohort, units, precision):
+            for row in stream_units(section, cohort.store, units, precision, progress):
                 job = by_part[row["part"]]
-                waiting[job.patient].discard(row["part"])
+                if row["part"] not in waiting[job.patient]:
+                    continue  # done again after a worker was lost
+                waiting[job.patient].remove(row["part"])
                 if row["kind"]:
                     failures[job.patient].append(FailureRow(row["part"], row["kind"], row["message"]))
                 else:
@@ -295,7 +268,10 @@ def _run_jobs(section: EmbedConfig, cohort: Cohort, jobs: list[_Job], precision:
         write_failures(cohort.store, STAGE, patient, rows)
     failed = [row for rows in failures.values() for row in rows]
     if failed:
-        raise SchemaError(f"{len(failed)} of {len(units)} units could not be embedded. First: {failed[0].message}")
+        first = failed[0]
+        raise named_error(
+            first.kind, f"{len(failed)} of {len(units)} units could not be embedded. First: {first.message}"
+        )
     return cells
 
 
@@ -306,6 +282,9 @@ def _finish(cohort: Cohort, job: _Job, tally: WorkerTally, started: float) -> in
     join = ray.remote(num_cpus=0)(consolidate)
     sizes: dict[str, int] = ray.get(join.remote(cohort.store, job.output, list(job.units)))
     cells = sum(unit.stop - unit.start for unit in job.units)
+    if job.kept is not None:
+        sizes = job.kept.files | sizes
+        cells += job.kept.counts.get("cells", 0)
     record = Record(
         stage=STAGE,
         unit=job.patient,
@@ -316,7 +295,7 @@ def _finish(cohort: Cohort, job: _Job, tally: WorkerTally, started: float) -> in
         counts={"cells": cells},
         seconds=time.monotonic() - started,
         units_computed=len(job.missing),
-        units_reused=len(job.units) - len(job.missing),
+        units_reused=len(job.units) - len(job.missing) + job.units_kept,
         workers=tally.rows(),
     )
     write_record(cohort.store, job.output, record)

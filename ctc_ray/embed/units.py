@@ -7,13 +7,15 @@ a killed run finds what it had finished and never mistakes another run's parts f
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
 from ctc_ray.storage import Store, encode_parquet
 
 PARTS = "_parts"
+MAX_UNIT_BYTES: Final = 32 * 2**20
+"""Pixels of a unit at most: as much as a block of a plan, of which a worker and the object store hold a few."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ def units_of(store: Store, patient: str, shards: list[str], folder: str, unit_ce
         patient: its id.
         shards: paths of the shards of cells.
         folder: of the parts.
-        unit_cells: rows a unit.
+        unit_cells: rows a unit, fewer where their pixels exceed `MAX_UNIT_BYTES`.
 
     Returns:
         Units in the order of shards and rows; an empty shard gives one empty unit.
     """
     units = []
+    if shards:
+        width = store.read_schema(shards[0]).field("pixels").type.byte_width
+        unit_cells = max(1, min(unit_cells, MAX_UNIT_BYTES // width))
     for shard in shards:
         num_rows = store.num_rows(shard)
         stem = shard.rsplit("/", 1)[-1].removesuffix(".parquet")

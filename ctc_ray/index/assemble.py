@@ -6,7 +6,9 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +52,8 @@ from ctc_ray.storage import Store
 
 LISTS_FILE = "lists.faiss"
 _MAX_TRAINING_SHARDS = 256
+_FOOTERS_AT_ONCE = 16
+"""Each costs an object store's answer, and next to no work."""
 _MAX_COMPARED_SHARE = 0.1
 """Where lists have to compare a query with more of the vectors than this, a graph is tried as well."""
 _COST_IN_GRAPH = 4
@@ -87,28 +91,32 @@ def shards_of(cohort: Cohort, encoder: str, patients: dict[str, str]) -> tuple[l
     Returns:
         Shards in the order of the patients; and patient -> why one of its shards cannot be read.
     """
-    found, refused = [], {}
-    for patient, identity in patients.items():
-        folder = cohort.embeddings(encoder, patient)
-        shards = []
-        for path in cohort.shards(folder):
-            try:
-                rows, width = _extent(cohort.store, path)
-                shards.append(Shard(patient, path[len(folder) + 1 :], identity, rows, width))
-            except CtcRayError as error:
-                refused[patient] = Refusal(path, type(error).__name__, str(error))
-        if patient not in refused:
-            found += [shard for shard in shards if shard.rows]
+    folders = {patient: cohort.embeddings(encoder, patient) for patient in patients}
+    paths = [(patient, path) for patient, folder in folders.items() for path in cohort.shards(folder)]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        extents = list(pool.map(lambda one: _extent(cohort.store, one[1]), paths))
+    refused: dict[str, Refusal] = {}
+    for (patient, path), extent in zip(paths, extents, strict=True):
+        if isinstance(extent, CtcRayError):
+            refused[patient] = Refusal(path, type(extent).__name__, str(extent))
+    found = [
+        Shard(patient, path[len(folders[patient]) + 1 :], patients[patient], *extent)
+        for (patient, path), extent in zip(paths, extents, strict=True)
+        if not isinstance(extent, CtcRayError) and patient not in refused and extent[0]
+    ]
     return found, refused
 
 
-def _extent(store: Store, path: str) -> tuple[int, int]:
-    """Rows and width of one shard of embeddings."""
-    schema = store.read_schema(path)
-    kind = schema.field("embedding").type if "embedding" in schema.names else None
-    if kind is None or not pa.types.is_fixed_size_list(kind):
-        raise SchemaError(f"{store.describe(path)}: column 'embedding' is {kind}, expected vectors: embed again")
-    return store.num_rows(path), int(kind.list_size)
+def _extent(store: Store, path: str) -> tuple[int, int] | CtcRayError:
+    """Rows and width of one shard of embeddings, or why they cannot be known."""
+    try:
+        schema = store.read_schema(path)
+        kind = schema.field("embedding").type if "embedding" in schema.names else None
+        if kind is None or not pa.types.is_fixed_size_list(kind):
+            return SchemaError(f"{store.describe(path)}: column 'embedding' is {kind}, expected vectors: embed again")
+        return store.num_rows(path), int(kind.list_size)
+    except CtcRayError as error:
+        return error
 
 
 def refuse_other_widths(shards: Sequence[Shard], width: int | None) -> tuple[list[Shard], dict[str, Refusal]]:
@@ -228,6 +236,8 @@ class Material:
     config: IndexConfig
     parts: str
     shards: Sequence[Shard]
+    spans: Sequence[tuple[int, int]] = ()
+    """Positions first <= position < stop of each patient, for measuring; see `spans_of`."""
     former: Any = None
     former_description: dict[str, Any] | None = None
 
@@ -255,6 +265,13 @@ class Material:
             tables.append(table.set_column(0, "position", pa.array(np.arange(first, first + table.num_rows))))
             first += shard.rows
         return pa.concat_tables(tables)
+
+
+def spans_of(cells: pa.Table) -> list[tuple[int, int]]:
+    """Positions first <= position < stop of each patient of a table of `CELLS_SCHEMA`; a patient's cells lie together."""
+    patients = cells["patient"].combine_chunks().dictionary_encode().indices.to_numpy()
+    starts = [0, *(np.flatnonzero(np.diff(patients)) + 1).tolist(), len(patients)]
+    return [(first, stop) for first, stop in pairwise(starts) if stop > first]
 
 
 @contextlib.contextmanager
@@ -312,7 +329,7 @@ def _lists(material: Material, folder: Path) -> Assembled:
     index = open_mapped(str(path))
     started = time.monotonic()
     with faiss_threads(config.num_threads):
-        measured = tune(index, config.target_recall)
+        measured = tune(index, config.target_recall, spans=material.spans)
     trained_cells = (material.former_description or {}).get("trained_cells", int(index.ntotal))
     description = {
         "lists": int(index.nlist),
@@ -332,7 +349,7 @@ def _whole(material: Material, kind: Literal["flat", "hnsw"], folder: Path) -> A
         for vectors in _vectors(material, folder):
             index.add(vectors)
         if kind == "hnsw":
-            measured = tune(index, config.target_recall)
+            measured = tune(index, config.target_recall, spans=material.spans)
         faiss.write_index(index, str(path))
     return Assembled(path, _description(kind, config, index, measured, {}))
 
@@ -369,6 +386,7 @@ def _description(
         "cells": int(index.ntotal),
         "width": int(index.d),
         "depth": measured["depth"] if measured else None,
+        "depths": measured["depths"] if measured else None,
         "target_recall": config.target_recall if measured else None,
         "measured": measured,
         **more,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,8 @@ Float32 = npt.NDArray[np.float32]
 _GPU_QUERIES = 32
 """Fewer queries than this are answered sooner on the processor than after a copy of all vectors."""
 _GPU_MAX_K = 1024
+_QUERIES_A_THREAD = 16
+"""FAISS gives threads whole queries, and threads without one wait for the others by spinning."""
 _ALL_LISTS_BELOW = 0.1
 """Where a filter leaves a smaller share of the cells, all lists are read: their ids cost little, and the answer is exact."""
 
@@ -55,7 +57,7 @@ class CellIndex:
         cells: columns cell_id, patient, physical_id, field, row, col; row i is position i. Or the table made of them.
         metric: `cosine` or `l2`.
         num_threads: threads of a search.
-        depth: lists (ivf) or candidates (hnsw) of a search for the nearest ten; None for a flat index.
+        depths: length of an answer -> lists (ivf) or candidates (hnsw) that its search takes; None for a flat index.
         use_gpu: whether batches without a filter go to a GPU where FAISS sees one.
     """
 
@@ -66,7 +68,7 @@ class CellIndex:
         metric: Metric,
         *,
         num_threads: int = 2,
-        depth: int | None = None,
+        depths: Mapping[int, int] | None = None,
         use_gpu: bool = False,
     ) -> None:
         num_cells = len(cells)
@@ -78,7 +80,7 @@ class CellIndex:
         self.cells = cells if isinstance(cells, CellTable) else CellTable(lookup_table(cells))
         self.metric: Metric = metric
         self._num_threads = num_threads
-        self._depth = depth
+        self._depths = dict(depths) if depths else None
         self._use_gpu = use_gpu
 
     @classmethod
@@ -90,11 +92,13 @@ class CellIndex:
         """
         folder = cohort.index(encoder)
         record = cohort.require(folder, "index")
-        depth = read_description(cohort.store, folder)["depth"]
+        description = read_description(cohort.store, folder)
+        known = description.get("depths") or ({NEAREST: description["depth"]} if description["depth"] else {})
+        depths = {int(length): int(depth) for length, depth in known.items()}
         index = open_index(cohort.store, f"{folder}/{INDEX_FILE}")
         cells = CellTable.open(cohort.store, folder)
         metric = record.config["metric"]
-        return cls(index, cells, metric, num_threads=num_threads, depth=depth, use_gpu=use_gpu)
+        return cls(index, cells, metric, num_threads=num_threads, depths=depths, use_gpu=use_gpu)
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -195,7 +199,7 @@ class CellIndex:
         fetch = min(k + drop, available)
         if not len(queries) or not fetch:
             return np.full((len(queries), 0), -1, np.int64), np.zeros((len(queries), 0), np.float32)
-        with faiss_threads(self._num_threads):
+        with faiss_threads(min(self._num_threads, max(1, len(queries) // _QUERIES_A_THREAD))):
             scores, near = self._search(queries, fetch, allowed, self._depth_for(fetch, available))
             short = np.flatnonzero((near < 0).any(axis=1))
             if len(short):  # the lists read held too few: read them all
@@ -213,13 +217,17 @@ class CellIndex:
 
     def _depth_for(self, fetch: int, available: int) -> int | None:
         """How much of the index to read: more for longer answers and under a filter; None: all of it."""
-        if self._depth is None:
+        if self._depths is None:
             return None
         share = available / len(self)
         if share < _ALL_LISTS_BELOW:
             return None
-        longer = max(1.0, fetch / (NEAREST + self.cells.largest_group)) ** 0.5
-        return max(int(np.ceil(self._depth * longer / share)), fetch if hasattr(self._index, "hnsw") else 1)
+        group = self.cells.largest_group
+        longest = max(self._depths)
+        length = min((known for known in self._depths if fetch <= known + group), default=longest)
+        longer = max(1.0, fetch / (length + group)) ** 0.5  # beyond what was measured: a guess
+        depth = int(np.ceil(self._depths[length] * longer / share))
+        return max(depth, fetch if hasattr(self._index, "hnsw") else 1)
 
     def _search(self, queries: Float32, fetch: int, allowed: Mask | None, depth: int | None) -> tuple[Float32, Int64]:
         """Scores and positions (Q, fetch) of FAISS."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -23,6 +23,7 @@ from ctc_ray.index.assemble import (
     refuse_other_widths,
     scratch_folder,
     shards_of,
+    spans_of,
     train,
 )
 from ctc_ray.index.build import (
@@ -258,8 +259,9 @@ def build_and_publish(
         raise MissingInputError(f"{store.uri}: the embeddings by {config.encoder!r} hold no cells: nothing to index")
     former = open_index(store, f"{folder}/{INDEX_FILE}") if kept else None
     description = read_description(store, folder) if kept else None
-    material = Material(store, config, parts, shards, former, description)
+    material = Material(store, config, parts, shards, former=former, former_description=description)
     cells = material.cells([store.read_table(f"{folder}/{CELLS_FILE}")] if kept else [])
+    material = replace(material, spans=spans_of(cells))
     inputs = {**kept, **added}
     node, pid = process_identity()
     with scratch_folder(store, parts) as scratch:

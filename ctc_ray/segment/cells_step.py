@@ -56,33 +56,51 @@ class CellCutter:
 
     def _cut(self, row: Mapping[str, Any]) -> dict[str, Any]:
         started, task = time.monotonic(), FieldTask.from_json(row["task"])
-        field, settings, num_cells = task.field, self._settings, 0
-        if row["image"] is not None:
-            pixels = pixels_of(row)
-            found = instances_from_candidates(_candidates(row), nms_thresh=settings.nms_thresh)
-            cells = cells_of_field(
-                pixels,
-                found,
-                patient=field.patient,
-                field=field.field,
-                origin=field.origin,
-                fingerprint=task.fingerprint,
-                pixel_size_um=settings.pixel_size_um,
-            )
-            self._cohort.write_table(f"{task.parts_folder}/{part_name(field.field)}", cells)
-            num_cells = cells.num_rows
-        return {
-            "patient": field.patient,
-            "field": field.field,
-            "path": field.path,
-            "cells": num_cells,
-            "dropped_candidates": row["dropped"] or 0,
-            "kind": row["kind"],
-            "message": row["message"],
-            "node": self._node,
-            "pid": self._pid,
-            "seconds": row["seconds"] + time.monotonic() - started,
-        }
+        cells = cut_cells(row, task, self._settings)
+        if cells is not None:
+            self._cohort.write_table(f"{task.parts_folder}/{part_name(task.field.field)}", cells)
+        seconds = row["seconds"] + time.monotonic() - started
+        return status_of(row, task, 0 if cells is None else cells.num_rows, self._node, self._pid, seconds)
+
+
+def cut_cells(row: Mapping[str, Any], task: FieldTask, settings: Settings) -> pa.Table | None:
+    """Cells of a field from its candidates, as they are stored; None where the field has no image.
+
+    Args:
+        row: of `CANDIDATE_SCHEMA`.
+        task: of the row.
+        settings: of the stage.
+    """
+    if row["image"] is None:
+        return None
+    found = instances_from_candidates(_candidates(row), nms_thresh=settings.nms_thresh)
+    return cells_of_field(
+        pixels_of(row),
+        found,
+        patient=task.field.patient,
+        field=task.field.field,
+        origin=task.field.origin,
+        fingerprint=task.fingerprint,
+        pixel_size_um=settings.pixel_size_um,
+    )
+
+
+def status_of(
+    row: Mapping[str, Any], task: FieldTask, cells: int, node: str, pid: int, seconds: float
+) -> dict[str, Any]:
+    """Row of `STATUS_SCHEMA` of a field whose cells were cut by a process of a node."""
+    return {
+        "patient": task.field.patient,
+        "field": task.field.field,
+        "path": task.field.path,
+        "cells": cells,
+        "dropped_candidates": row["dropped"] or 0,
+        "kind": row["kind"],
+        "message": row["message"],
+        "node": node,
+        "pid": pid,
+        "seconds": seconds,
+    }
 
 
 def _candidates(row: Mapping[str, Any]) -> Candidates:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ctc_ray.cohort import Cohort
-from ctc_ray.records import FailureRow, Record, read_record, write_failures, write_record
+from ctc_ray.records import FailureRow, Record, State, read_record, state_of, write_failures, write_record
 from ctc_ray.schema import DUPLICATES_SCHEMA, Channel, cells_schema
 from ctc_ray.segment.archive_xml import Geometry
 from ctc_ray.segment.cartridge import FieldFile, is_image
@@ -60,6 +60,9 @@ def finish_patient(
         seconds: worker seconds that the fields took.
     """
     store, folder = cohort.store, cohort.cells(plan.patient)
+    earlier = _finished_before(plan, store, folder)
+    if earlier is not None:
+        return earlier
     done = [field for field in plan.cartridge.fields if store.exists(f"{plan.parts_folder}/{part_name(field.field)}")]
     overlap = _overlap(plan, settings, cartridges, done)
     shift = _global_shift(plan.cartridge.geometry, overlap)
@@ -99,6 +102,20 @@ def finish_patient(
         store.delete(f"{folder}/{name}")
     store.delete_folder(f"{folder}/_parts")
     return FinishedPatient(plan.patient, positions.num_rows, physical, len(plan.cartridge.fields), len(failures))
+
+
+def _finished_before(plan: PatientPlan, store: Store, folder: str) -> FinishedPatient | None:
+    """What an earlier attempt of this task finished, where its machine was lost before it could say so.
+
+    Its parts may be gone, wholly or in part, so that nothing must be made of what is left of them.
+    """
+    record = read_record(store, folder)
+    if record is None or record == plan.kept or state_of(store, folder, plan.identity) is not State.COMPLETE:
+        return None
+    store.delete_folder(f"{folder}/_parts")
+    counts = record.counts
+    set_aside = counts["failed"] + counts["archive_failures"]
+    return FinishedPatient(plan.patient, counts["cells"], counts["physical_cells"], counts["fields"], set_aside)
 
 
 def _counts(plan: PatientPlan, failures: Sequence[FailureRow]) -> dict[str, int]:

@@ -259,7 +259,7 @@ def _plan_patient(cartridge: Cartridge, settings: Settings, cohort: Cohort, *, r
     identity = identity_of(STAGE, settings.identity, inputs)
     state, record = state_of(store, folder, identity), read_record(store, folder)
     kept, why = None, _REASONS[state]
-    done = _finished_fields(store, f"{folder}/_parts/{identity[:12]}")
+    done = finished_fields(store, f"{folder}/_parts/{identity[:12]}")
     if state is not State.ABSENT and record is not None:
         failed = set(filter(is_image, read_failures(store, STAGE, patient)["source"]))
         only_failed = state is State.COMPLETE or _differs_in(record, settings, inputs) <= failed
@@ -281,7 +281,8 @@ def _differs_in(record: Record, settings: Settings, inputs: Mapping[str, str]) -
     return {name for name in {*inputs, *record.inputs} if inputs.get(name) != record.inputs.get(name)}
 
 
-def _finished_fields(store: Store, parts_folder: str) -> set[int]:
+def finished_fields(store: Store, parts_folder: str) -> set[int]:
+    """Frame numbers that have a part in the folder."""
     names = [path.rsplit("/", 1)[-1] for path in store.list_files(parts_folder, ".parquet")]
     return {int(name.removeprefix("field-").removesuffix(".parquet")) for name in names}
 

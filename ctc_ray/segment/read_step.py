@@ -36,7 +36,8 @@ IMAGE_SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
-"""`image` is (3, H, W) of `dtype`, C order; null where `kind` and `message` tell why there is none."""
+"""`image` is (3, H, W) of `dtype`, C order; null where `kind` and `message` tell why there is none, or where the field has its
+cells already."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class FieldTask:
         dtype: pixel type of the patient's fields.
         channel_map: channel -> page.
         fingerprint: enters every `cell_id`.
+        has_cells: whether its part is there already, and only what follows from it is missing.
+        vectors_folder: where the vectors of its cells go, relative to the cohort; empty where none are wanted.
     """
 
     field: FieldFile
@@ -56,6 +59,8 @@ class FieldTask:
     dtype: str
     channel_map: Mapping[Channel, int | None]
     fingerprint: str
+    has_cells: bool = False
+    vectors_folder: str = ""
 
     def to_json(self) -> str:
         """The task as text."""
@@ -74,6 +79,8 @@ class FieldTask:
             values["dtype"],
             {Channel[name]: page for name, page in values["channel_map"].items()},
             values["fingerprint"],
+            values["has_cells"],
+            values["vectors_folder"],
         )
 
 
@@ -85,7 +92,9 @@ def read_fields(tasks: pa.Table, *, cartridges: Store, settings: Settings) -> pa
 
 def _read(text: str, cartridges: Store, settings: Settings) -> dict[str, Any]:
     started, task = time.monotonic(), FieldTask.from_json(text)
-    row: dict[str, Any] = {"task": text}
+    row: dict[str, Any] = {"task": text, "seconds": 0.0}
+    if task.has_cells:
+        return row
     try:
         pixels = read_field(cartridges, task.field, task.channel_map, settings.contrast)
         if str(pixels.dtype) != task.dtype:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import ray
 
+from ctc_ray.actor_pools import fitted_pools
 from ctc_ray.cluster import connect, worker_identity
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig, SegmentConfig
-from ctc_ray.errors import CtcRayError, ResourceError, TooManyFailuresError
+from ctc_ray.errors import CtcRayError, TooManyFailuresError
 from ctc_ray.progress import Progress, Task
 from ctc_ray.records import FailureRow, PlanRow, StageResult, State, WorkerTally, read_record, write_failures
 from ctc_ray.segment.cells_step import CellCutter
-from ctc_ray.segment.field_image import pixel_type
 from ctc_ray.segment.finish import finish_patient
 from ctc_ray.segment.model import resolve_precision
-from ctc_ray.segment.network_step import CandidateFinder
 from ctc_ray.segment.plan import (
     STAGE,
     PatientPlan,
@@ -33,11 +31,8 @@ from ctc_ray.segment.plan import (
     refuse_stale,
     resolve_settings,
 )
-from ctc_ray.segment.read_step import TASK_SCHEMA, FieldTask, read_fields
+from ctc_ray.segment.stream import field_tasks, instance_pool, network_device, network_pool, stream_candidates
 from ctc_ray.storage import Store
-
-MAX_BLOCKS = 4000
-"""Blocks of the plan; up to this number of fields each is read, segmented and written on its own."""
 
 
 @dataclass
@@ -112,20 +107,48 @@ def run_segment(
         ResourceError: the cluster has too few processors for the plan.
         TooManyFailuresError: more than `segment.max_failure_fraction` of the fields failed; all others are saved.
     """
+    started, section, images = time.monotonic(), config.segment, Store(cartridges)
     with contextlib.ExitStack() as connection:
-        return _run(
-            config.segment,
-            cohort,
-            Store(cartridges),
-            patients,
-            force=force,
-            retry_failed=retry_failed,
-            progress=progress,
-            connected=lambda: connection.enter_context(connect(None, config.ray)),
+
+        def connected() -> None:
+            connection.enter_context(connect(None, config.ray))
+
+        run = look_at_patients(
+            section, cohort, images, patients, force=force, retry_failed=retry_failed, connected=connected
         )
+        pools: list[Any] = []
+        if run.open_plans:
+            connected()
+            pools = fitted_pools(STAGE, [network_pool(section), instance_pool(section)], progress)
+        begin(section, cohort, run)
+        if run.open_plans:
+            _segment(section, cohort, images, run, pools, progress)
+    return segment_result(section, cohort, run, time.monotonic() - started)
 
 
-def _run(
+@dataclass(frozen=True)
+class SegmentRun:
+    """What a run has to do, found without writing anything.
+
+    Attributes:
+        precision: that the network computes in.
+        settings: the resolved configuration.
+        plans: one a patient.
+        empty: patients without a usable image, with the reason.
+    """
+
+    precision: str
+    settings: Settings
+    plans: tuple[PatientPlan, ...]
+    empty: Mapping[str, FailureRow]
+
+    @property
+    def open_plans(self) -> list[PatientPlan]:
+        """Those of patients for whom something is to be done."""
+        return [plan for plan in self.plans if plan.is_open]
+
+
+def look_at_patients(
     section: SegmentConfig,
     cohort: Cohort,
     images: Store,
@@ -133,10 +156,22 @@ def _run(
     *,
     force: bool,
     retry_failed: bool,
-    progress: Progress,
     connected: Callable[[], None],
-) -> StageResult:
-    started = time.monotonic()
+) -> SegmentRun:
+    """Plan a run; nothing is written.
+
+    Args:
+        section: of the stage.
+        cohort: where cells go.
+        images: the cartridges.
+        patients: which; None for all.
+        force: whether stale cells may be replaced.
+        retry_failed: whether set-aside fields are tried again.
+        connected: connects to Ray, where a worker has to be asked what `auto` means.
+
+    Raises:
+        StaleOutputError: a patient's cells were made otherwise, and neither `force` nor `retry_failed` covers it.
+    """
     precision = recorded_precision(cohort, section.precision)
     if precision is None:
         connected()
@@ -144,102 +179,80 @@ def _run(
     settings = resolve_settings(section, precision)
     plans, empty = plan_patients(section, settings, cohort, images, patients=patients, retry_failed=retry_failed)
     refuse_stale(cohort, plans, force=force)
+    return SegmentRun(precision, settings, tuple(plans), empty)
+
+
+def begin(section: SegmentConfig, cohort: Cohort, run: SegmentRun) -> None:
+    """Write what is known before the first field: precision, patients, folders without images; and clear leftovers."""
     if section.precision == "auto":
-        record_precision(cohort, precision)
-    cohort.add_patients({plan.patient: plan.cartridge.folder for plan in plans})
-    for patient, failure in empty.items():
+        record_precision(cohort, run.precision)
+    cohort.add_patients({plan.patient: plan.cartridge.folder for plan in run.plans})
+    for patient, failure in run.empty.items():
         write_failures(cohort.store, STAGE, patient, [failure])
-    open_plans = [plan for plan in plans if plan.is_open]
-    _clear_leftovers(cohort, [plan for plan in plans if not plan.is_open])
-    if open_plans:
-        connected()
-        _segment(section, settings, cohort, images, open_plans, progress)
-    return _result(section, cohort, plans, open_plans, empty, time.monotonic() - started)
+    for plan in run.plans:
+        if not plan.is_open:  # parts that an interruption left between the record and the end
+            cohort.store.delete_folder(f"{cohort.cells(plan.patient)}/_parts")
 
 
 def _precision_of_workers(section: SegmentConfig) -> str:
     """What `auto` means on a worker that would run the network."""
-    resolve = ray.remote(_resolve_on_worker).options(num_cpus=1, num_gpus=1 if section.use_gpu else 0)
-    return str(ray.get(resolve.remote()))
+    gpus = section.gpus_per_actor if section.use_gpu else 0
+    as_remote: Any = ray.remote  # its types know functions without arguments only
+    resolve = as_remote(_resolve_on_worker).options(num_cpus=1, num_gpus=gpus)
+    return str(ray.get(resolve.remote(network_device(section))))
 
 
-def _resolve_on_worker() -> str:
+def _resolve_on_worker(device: str) -> str:
     import torch
 
-    return resolve_precision("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return resolve_precision("auto", torch.device(device))
 
 
 def _segment(
-    section: SegmentConfig,
-    settings: Settings,
-    cohort: Cohort,
-    images: Store,
-    plans: Sequence[PatientPlan],
-    progress: Progress,
+    section: SegmentConfig, cohort: Cohort, images: Store, run: SegmentRun, pools: Sequence[Any], progress: Progress
 ) -> None:
     """Stream all open fields through the plan and finish each patient as soon as its last field is there."""
-    _check_resources(section)
+    plans = run.open_plans
     by_name = {plan.patient: plan for plan in plans}
     tallies = {plan.patient: _Tally(len(plan.todo), list(plan.cartridge.set_aside)) for plan in plans}
-    as_remote: Any = ray.remote  # its types know functions without arguments only
-    finish = as_remote(finish_patient).options(num_cpus=0.5, max_retries=2)
-    finishing: dict[Any, str] = {}
+    finishing = TasksUnderWay(finish_patient)
 
     def begin_finish(patient: str) -> None:
-        plan, tally = by_name[patient], tallies[patient]
-        reference = finish.remote(
-            plan, settings, cohort, images, failures=tally.failures, workers=tally.workers.rows(), seconds=tally.seconds
+        tally = tallies[patient]
+        finishing.start(
+            by_name[patient],
+            run.settings,
+            cohort,
+            images,
+            failures=tally.failures,
+            workers=tally.workers.rows(),
+            seconds=tally.seconds,
         )
-        finishing[reference] = patient
 
-    with progress.task("segment", total=sum(len(plan.todo) for plan in plans)) as task, _own_errors():
+    with progress.task("segment", total=sum(len(plan.todo) for plan in plans)) as task, own_errors():
         for patient, tally in tallies.items():
             if tally.left == 0:
                 begin_finish(patient)
-        for status in _statuses(section, settings, cohort, images, plans):
+        for status in _statuses(section, cohort, images, run, pools):
             if _count(status, tallies[status["patient"]], task):
                 begin_finish(status["patient"])
-            _collect(finishing, timeout=0)
-        while finishing:
-            _collect(finishing, timeout=None)
+            finishing.collect()
+        finishing.collect_all()
 
 
 def _statuses(
-    section: SegmentConfig, settings: Settings, cohort: Cohort, images: Store, plans: Sequence[PatientPlan]
+    section: SegmentConfig, cohort: Cohort, images: Store, run: SegmentRun, pools: Sequence[Any]
 ) -> Iterator[dict[str, Any]]:
     """Run the plan; yields one row a field as they finish, in no particular order."""
-    tasks = [
-        FieldTask(file, plan.parts_folder, dtype, plan.channel_map, plan.fingerprint).to_json()
-        for plan in plans
-        if plan.todo
-        for dtype in (pixel_type(images, plan.cartridge.fields, settings.contrast),)
-        for file in plan.todo
-    ]
+    tasks = [task for plan in run.open_plans for task in field_tasks(plan, images, run.settings)]
     if not tasks:
         return
-    source: Any = ray.data.from_arrow(pa.table({"task": tasks}, schema=TASK_SCHEMA))
-    fields = source.repartition(min(len(tasks), MAX_BLOCKS)).map_batches(
-        read_fields,
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={"cartridges": images, "settings": settings},
-        num_cpus=0.5,
-    )
-    candidates = fields.map_batches(
-        CandidateFinder,
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_constructor_kwargs={"settings": settings, "num_threads": section.num_network_threads},
-        compute=ray.data.ActorPoolStrategy(size=section.num_network_actors),
-        num_cpus=section.num_network_threads,
-        num_gpus=1 if section.use_gpu else None,
-    )
-    statuses = candidates.map_batches(
+    statuses = stream_candidates(section, run.settings, images, tasks, pools[0]).map_batches(
         CellCutter,
         batch_size=1,
         batch_format="pyarrow",
-        fn_constructor_kwargs={"settings": settings, "cohort": cohort.store, "identify": worker_identity},
-        compute=ray.data.ActorPoolStrategy(size=section.num_instance_actors),
+        fn_constructor_kwargs={"settings": run.settings, "cohort": cohort.store, "identify": worker_identity},
+        compute=pools[1],
         num_cpus=1,
     )
     for batch in statuses.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -258,17 +271,34 @@ def _count(status: dict[str, Any], tally: _Tally, task: Task) -> bool:
     return tally.left == 0
 
 
-def _collect(finishing: dict[Any, str], *, timeout: float | None) -> None:
-    """Take the results of finished patients, so that their errors surface at once."""
-    if not finishing:
-        return
-    done, _ = ray.wait(list(finishing), num_returns=1, timeout=timeout)
-    for reference in done:
-        ray.get(reference)
-        del finishing[reference]
+class TasksUnderWay:
+    """Finishing tasks of patients, started beside a running plan; their errors surface when they are collected."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        as_remote: Any = ray.remote  # its types know functions without arguments only
+        self._task = as_remote(function).options(num_cpus=0.5, max_retries=2)
+        self._under_way: list[Any] = []
+
+    def start(self, *arguments: Any, **options: Any) -> None:
+        """Start a task."""
+        self._under_way.append(self._task.remote(*arguments, **options))
+
+    def collect(self, timeout_s: float | None = 0) -> list[Any]:
+        """Results of the tasks that are done; at least one is waited for where `timeout_s` is None."""
+        if not self._under_way:
+            return []
+        done, self._under_way = ray.wait(self._under_way, num_returns=1, timeout=timeout_s)
+        return list(ray.get(done))
+
+    def collect_all(self) -> list[Any]:
+        """Results of all tasks, waited for."""
+        results: list[Any] = []
+        while self._under_way:
+            results += self.collect(timeout_s=None)
+        return results
 
 
-class _own_errors:  # noqa: N801  # used as a statement, like contextlib's
+class own_errors:  # noqa: N801  # used as a statement, like contextlib's
     """Give our own error instead of Ray's wrapping, where a worker raised one."""
 
     def __enter__(self) -> None:
@@ -284,35 +314,13 @@ class _own_errors:  # noqa: N801  # used as a statement, like contextlib's
             seen = seen.__cause__
 
 
-def _check_resources(section: SegmentConfig) -> None:
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray does not type it
-    needed = section.num_network_actors * section.num_network_threads + section.num_instance_actors + 1
-    if total.get("CPU", 0) < needed:
-        raise ResourceError(
-            f"segment needs {needed} logical CPUs ({section.num_network_actors} StarDist actors of "
-            f"{section.num_network_threads} threads, {section.num_instance_actors} instance actors, 1 to read), the cluster has "
-            f"{total.get('CPU', 0):g}: lower segment.num_network_actors or num_instance_actors, or raise ray.num_cpus"
-        )
-    if section.use_gpu and total.get("GPU", 0) < section.num_network_actors:
-        raise ResourceError(
-            f"segment.use_gpu needs {section.num_network_actors} GPUs, the cluster has {total.get('GPU', 0):g}"
-        )
+def segment_result(section: SegmentConfig, cohort: Cohort, run: SegmentRun, seconds: float) -> StageResult:
+    """Counts of a run that ended, from the records.
 
-
-def _clear_leftovers(cohort: Cohort, plans: Sequence[PatientPlan]) -> None:
-    """Delete parts that an interruption left between the record and the end."""
-    for plan in plans:
-        cohort.store.delete_folder(f"{cohort.cells(plan.patient)}/_parts")
-
-
-def _result(
-    section: SegmentConfig,
-    cohort: Cohort,
-    plans: Sequence[PatientPlan],
-    open_plans: Sequence[PatientPlan],
-    empty: dict[str, FailureRow],
-    seconds: float,
-) -> StageResult:
+    Raises:
+        TooManyFailuresError: more fields failed than `segment.max_failure_fraction` allows.
+    """
+    plans, open_plans, empty = run.plans, run.open_plans, run.empty
     records = {plan.patient: read_record(cohort.store, cohort.cells(plan.patient)) for plan in plans}
     totals: defaultdict[str, int] = defaultdict(int)
     for record in records.values():

@@ -11,6 +11,7 @@ import torch
 from ctc_ray.embed import Embedder
 from ctc_ray.errors import SchemaError, WeightsError
 from ctc_ray.phantom import draw_crops
+from ctc_ray.pretrain.encoder import DEFAULT_FOLDER, WEIGHTS_FILE, load_folder
 from ctc_ray.pretrain.intensity import IntensityRule, scale_for_network, to_fraction
 
 
@@ -39,8 +40,6 @@ def test_default_encoder_gives_finite_different_vectors(embed: Embedder, crops: 
 
 
 def test_vectors_equal_plain_forward_pass(embed: Embedder, crops: np.ndarray) -> None:
-    from ctc_ray.pretrain.encoder import DEFAULT_FOLDER, load_folder
-
     backbone, spec = load_folder(DEFAULT_FOLDER)
     with torch.inference_mode():
         expected = backbone(scale_for_network(to_fraction(crops[:4]), spec.intensity)).numpy()
@@ -112,13 +111,12 @@ def test_unknown_encoder_is_refused() -> None:
 
 
 def test_larger_input_size_resizes_bilinearly(embed: Embedder, crops: np.ndarray) -> None:
-    wide = Embedder(embed._backbone, dataclasses.replace(embed.spec, input_size_px=64), precision="fp32")
+    backbone, spec = load_folder(DEFAULT_FOLDER)
+    wide = Embedder(backbone, dataclasses.replace(spec, input_size_px=64), precision="fp32")
     vectors = wide(crops[:2])
     assert vectors.shape == (2, 128)
     assert not np.allclose(vectors, embed(crops[:2]))
 
 
 def test_shipped_encoder_is_small_enough_to_ship() -> None:
-    from ctc_ray.pretrain.encoder import DEFAULT_FOLDER, WEIGHTS_FILE
-
     assert (DEFAULT_FOLDER / WEIGHTS_FILE).stat().st_size <= 12_000_000

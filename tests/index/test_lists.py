@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ctc_ray.errors import SchemaError
-from ctc_ray.index.assemble import prefer_graph
-from ctc_ray.index.build import faiss_threads, new_index, open_mapped, prepared, vectors_at
+from ctc_ray.index.assemble import prefer_graph, spans_of
+from ctc_ray.index.build import faiss_threads, load_faiss, new_index, open_mapped, prepared, vectors_at
 from ctc_ray.index.lists import (
     FormerLists,
     ListSource,
@@ -25,7 +27,8 @@ from ctc_ray.index.lists import (
     train_lists,
     write_lists,
 )
-from ctc_ray.index.tune import recall_of, tune
+from ctc_ray.index.search import CellIndex
+from ctc_ray.index.tune import LENGTHS, _exact, foreign_questions, recall_of, tune
 
 
 def clouds(num: int, seed: int = 0, width: int = 8) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -117,7 +120,99 @@ def test_probes_reach_the_target_on_queries_that_were_not_tuned_on(tmp_path: Pat
     assert measured["lower_bound"] >= 0.97
     assert recall >= 0.96 > less
     assert 64 < measured["compared"] < 4064
-    assert [trial["recall"] for trial in measured["trials"]] == sorted(trial["recall"] for trial in measured["trials"])
+    for nearest in LENGTHS:
+        recalls = [trial["recall"] for trial in measured["trials"] if trial["nearest"] == nearest]
+        assert recalls == sorted(recalls)
+
+
+def test_longer_answers_get_the_depth_that_they_were_measured_to_need(tmp_path: Path) -> None:
+    vectors, queries = clouds(4000, width=4), clouds(100, seed=11, width=4)
+    with faiss_threads(1):
+        empty = train_lists(vectors[:2000], 256, "cosine")  # few vectors a list, so that fifty neighbours lie in many
+        write_lists(empty, parts_of(empty, [vectors], tmp_path), tmp_path / "index.faiss")
+        index = open_mapped(str(tmp_path / "index.faiss"))
+        measured = tune(index, 0.95, num_queries=200)
+        flat = new_index(4, "cosine")
+        flat.add(vectors)
+    depths = {int(length): depth for length, depth in measured["depths"].items()}
+    assert list(depths) == list(LENGTHS)
+    assert depths[10] == measured["depth"] < depths[50] < depths[200]
+    cells = pl.DataFrame(
+        {
+            "cell_id": [f"{i:04d}" for i in range(4000)],
+            "patient": "p",
+            "physical_id": [f"{i:04d}" for i in range(4000)],
+            "field": pl.Series(np.ones(4000, np.int16)),
+            "row": pl.Series(np.zeros(4000, np.float32)),
+            "col": pl.Series(np.zeros(4000, np.float32)),
+        }
+    )
+    opened = CellIndex(index, cells, "cosine", num_threads=1, depths=depths)
+    for k in (10, 50, 200, 400):
+        _, found = opened.nearest(queries, k)
+        exact = flat.search(queries, k)[0]
+        assert recall_of(found, exact).mean() >= 0.94, k
+
+
+def test_cells_of_new_patients_are_found_too_where_each_patient_looks_its_own_way(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    centres = np.repeat(rng.normal(0, 1, (24, 8)), 150, axis=0)
+    vectors = prepared(centres + rng.normal(0, 0.4, (3600, 8)), "cosine", "test")
+    spans = [(first, first + 150) for first in range(0, 3600, 150)]
+    with faiss_threads(1):
+        empty = train_lists(vectors, 128, "cosine")
+        write_lists(empty, parts_of(empty, [vectors], tmp_path), tmp_path / "index.faiss")
+        index = open_mapped(str(tmp_path / "index.faiss"))
+        alone = tune(index, 0.97, num_queries=160)
+        measured = tune(index, 0.97, spans=spans, num_queries=160)
+    assert alone["recall_of_new_patients"] is None
+    assert measured["depth"] > alone["depth"]
+    assert measured["recall_of_new_patients"] >= measured["lower_bound"] >= 0.97
+    questions = foreign_questions(index, 160, spans, np.random.default_rng(0))
+    assert questions is not None
+    assert len(questions.spans) == 16
+    for rows, span in questions.spans:
+        assert span in spans
+        found = [(vectors[span[0] : span[1]] == vector).all(axis=1).any() for vector in questions.vectors[rows]]
+        assert found == [True] * 10
+        others = np.delete(vectors, np.arange(*span), axis=0)
+        expected = -np.sort(-(questions.vectors[rows] @ others.T), axis=1)[:, :10]
+        np.testing.assert_allclose(_exact(index, questions, 10)[rows], expected, atol=1e-6)
+
+
+def test_one_patient_alone_cannot_be_left_out() -> None:
+    with faiss_threads(1):
+        index = lists_around(clouds(4), "cosine")
+        index.add(clouds(300))
+    assert foreign_questions(index, 16, [(0, 300)], np.random.default_rng(0)) is None
+
+
+def test_patients_lie_in_spans_of_positions() -> None:
+    def spans(names: list[str]) -> list[tuple[int, int]]:
+        return spans_of(pa.table({"patient": pa.array(names, pa.string())}))
+
+    assert spans(["b", "b", "a", "c", "c"]) == [(0, 2), (2, 3), (3, 5)]
+    assert spans([]) == []
+
+
+def test_few_queries_are_searched_by_one_thread() -> None:
+    """Threads without a query of their own would spin, and on a busy machine hold the answer up."""
+    faiss, seen = load_faiss(), []
+
+    class Watching(faiss.IndexFlatIP):  # type: ignore[misc]
+        def search(self, *arguments: Any, **options: Any) -> Any:
+            seen.append(faiss.omp_get_max_threads())
+            return super().search(*arguments, **options)
+
+    watched = Watching(8)
+    watched.add(clouds(40))
+    ids = [str(i) for i in range(40)]
+    places = {"field": [1] * 40, "row": [0.0] * 40, "col": [0.0] * 40}
+    cells = pl.DataFrame({"cell_id": ids, "patient": "p", "physical_id": ids, **places})
+    index = CellIndex(watched, cells, "cosine", num_threads=2)
+    for num in (1, 31, 32, 40):
+        index.nearest(clouds(num, seed=1), 3)
+    assert seen == [1, 1, 2, 2]
 
 
 def test_graph_is_measured_against_its_own_vectors() -> None:
