@@ -518,11 +518,11 @@ class HilConfig(Section):
     """Monte-Carlo splits that score the clusters. Source: reference implementation."""
     flip_rate: Fraction = 0.0
     """Share of the simulated expert's answers that are wrong."""
-    held_back: Fraction = 0.5
+    held_back: Fraction = neutral(0.5)
     """Share of the training cells that `rare-positive` hides, to be found again."""
-    seconds_per_cell: Annotated[float, Field(gt=0)] = 3.0
+    seconds_per_cell: Annotated[float, Field(gt=0)] = neutral(3.0)
     """What a look at a cell takes. Source: paper, 100 cells in 5 minutes."""
-    budget_s: Annotated[float, Field(gt=0)] = 300.0
+    budget_s: Annotated[float, Field(gt=0)] = neutral(300.0)
     """Time of the expert in a loop of `rare-positive`. Source: paper."""
     max_concurrent: Count = operational(2)
     """Trials at a time, one processor each; raise it on a cluster."""
