@@ -71,7 +71,7 @@ def compare_with_other(config: MapConfig, cohort: Cohort, *, progress: Progress 
     names = (config.name, other)
     for name in names:
         cohort.require(cohort.latent(config.encoder, name), "map")
-    inputs = {}
+    inputs: dict[str, str] = {}
     for patient in cohort.patient_ids():
         placed = [read_record(cohort.store, cohort.latent_cells(config.encoder, name, patient)) for name in names]
         if all(placed):
