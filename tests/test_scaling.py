@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ctc_ray.config import load_config
 from ctc_ray.errors import ConfigError
 
 
@@ -107,4 +108,6 @@ def test_driver_feeds_as_many_actors_as_units_end_while_one_is_under_way(tmp_pat
     assert found["seconds of a unit on one actor"] == 4.0
     assert found["actors that one driver keeps at work"] == 240
     assert scaling.fed_actors(tmp_path, 2000, Rate("embed.cpu", "", None, "")) == {}
-    assert _plan(tmp_path, rate=["embed.cpu=500"])["sizes"]["actors that one driver keeps at work"] == 2400
+    unit_cells = load_config(scaling.CONFIGS / "cluster.yaml").embed.unit_cells
+    planned = _plan(tmp_path, rate=["embed.cpu=500"])["sizes"]["actors that one driver keeps at work"]
+    assert planned == 60.0 * unit_cells / 500.0

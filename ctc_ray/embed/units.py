@@ -52,17 +52,17 @@ def units_of(store: Store, patient: str, shards: list[str], folder: str, unit_ce
     Args:
         store: of the cohort.
         patient: its id.
-        shards: paths of the shards of cells.
+        shards: paths of the shards of cells, or of embeddings.
         folder: of the parts.
-        unit_cells: rows a unit, fewer where their pixels exceed `MAX_UNIT_BYTES`.
+        unit_cells: rows a unit, fewer where their pixels (if there are any) exceed `MAX_UNIT_BYTES`.
 
     Returns:
         Units in the order of shards and rows; an empty shard gives one empty unit.
     """
     units = []
-    if shards:
-        width = store.read_schema(shards[0]).field("pixels").type.byte_width
-        unit_cells = max(1, min(unit_cells, MAX_UNIT_BYTES // width))
+    schema = store.read_schema(shards[0]) if shards else pa.schema([])
+    if "pixels" in schema.names:
+        unit_cells = max(1, min(unit_cells, MAX_UNIT_BYTES // schema.field("pixels").type.byte_width))
     for shard in shards:
         num_rows = store.num_rows(shard)
         stem = shard.rsplit("/", 1)[-1].removesuffix(".parquet")
