@@ -186,7 +186,8 @@ def test_cells_placed_in_slices_equal_those_placed_whole(copied: Cohort) -> None
     after = cells_of(copied, "P5")
     assert after["cell_id"].equals(before["cell_id"])
     np.testing.assert_allclose(after["umap_y"], before["umap_y"], atol=1e-3)
-    assert (after["cluster"] == before["cluster"]).mean() > 0.99  # rounding can move a cell across a border
+    same = (after["cluster"] == before["cluster"]).to_numpy()
+    assert np.mean(same) > 0.99  # rounding can move a cell across a border
     assert copied.shards(f"{FOLDER}/cells/P5") == names
     record = read_record(copied.store, f"{FOLDER}/cells/P5")
     assert record is not None
