@@ -186,7 +186,14 @@ def test_run_simulate_cohort_writes_the_rows_of_the_plain_loop_and_then_reuses_t
     assert table.schema.equals(RESULTS_SCHEMA)
     found = read_problem(cohort, config.hil, read_inputs(cohort, config.hil))
     rows = [r for t in plan_trials(config.hil, found) for r in run_trial(found, t, loop_settings(config.hil))]
-    assert table.to_pylist() == rows
+    assert table.to_pylist() == [{name: row[name] for name in RESULTS_SCHEMA.names} for row in rows]
+    effort = pq.read_table(tmp_path / "cohort" / "simulations" / "paper" / "effort.parquet").to_pylist()
+    totals = [row for row in rows if row["cluster"] is None and row["split"] == "test"]
+    assert [(row["num_viewed"], row["num_train"]) for row in effort] == [
+        (row["num_viewed"], row["num_train"]) for row in totals
+    ]
+    assert effort[2]["num_viewed"] == 2 * config.hil.per_loop
+    assert effort[2]["minutes"] == effort[2]["num_viewed"] * config.hil.seconds_per_cell / 60
     record = read_record(cohort.store, "simulations/paper")
     assert record is not None
     assert sum(w["units"] for w in record.workers) == 6
