@@ -519,6 +519,8 @@ class HilConfig(Section):
     """Monte-Carlo splits that score the clusters. Source: reference implementation."""
     flip_rate: Fraction = 0.0
     """Share of the simulated expert's answers that are wrong."""
+    flip_rates: tuple[Fraction, ...] = neutral(())
+    """Several such shares to sweep over; the results then have a column `flip_rate`. Empty: `flip_rate` alone."""
     held_back: Fraction = neutral(0.5)
     """Share of the training cells that `rare-positive` hides, to be found again."""
     seconds_per_cell: Annotated[float, Field(gt=0)] = neutral(3.0)

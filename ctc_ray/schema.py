@@ -247,6 +247,8 @@ RESULTS_SCHEMA = pa.schema(
 )
 TRIAL_SCHEMA = RESULTS_SCHEMA.append(pa.field("num_viewed", pa.int32()))
 """Rows of one trial: its results, and how many cells the labeller had been asked about since the start."""
+FLIP_RATE = pa.field("flip_rate", pa.float64())
+"""Further column of results and effort: share of wrong answers, in a sweep over more than one."""
 EFFORT_SCHEMA = pa.schema(
     [
         *(

@@ -328,6 +328,10 @@ def simulate(
         list[int] | None, typer.Option("--main-cluster", help="Main cluster of limited-local; repeatable.")
     ] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="faithful or corrected.")] = None,
+    flip_rate: Annotated[
+        list[float] | None,
+        typer.Option("--flip-rate", help="Share of wrong answers; repeatable for a sweep over several."),
+    ] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
     address: Address = None,
@@ -339,7 +343,8 @@ def simulate(
 
     if (cohort is None) == (release is None) or (release is not None and out is None):
         raise ConfigError("give either a COHORT, or --release DIR with --out OUT")
-    given = {"scenarios": scenario, "strategies": strategy, "main_clusters": main_cluster, "seeds": seeds, "mode": mode}
+    given: dict[str, object] = {"scenarios": scenario, "strategies": strategy, "main_clusters": main_cluster}
+    given |= {"seeds": seeds, "mode": mode, "flip_rates": flip_rate}
     overrides = [*(set_ or ()), *(f"hil.{name}={value!r}" for name, value in given.items() if value)]
     settings = load_config(config, overrides)
     place = Cohort.open(cohort) if cohort is not None else None

@@ -35,6 +35,7 @@ class Trial:
         main_cluster: for limited-local, and for rare-positive where it is not to choose itself; None otherwise.
         run: 1 for the first seed.
         seed: seed of the run.
+        flip_rate: share of wrong answers; None: that of the settings.
     """
 
     scenario: str
@@ -42,6 +43,7 @@ class Trial:
     main_cluster: int | None
     run: int
     seed: int
+    flip_rate: float | None = None
 
 
 Row = dict[str, Any]
@@ -55,7 +57,7 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
         problem: training, test and (optionally) validation cells.
         trial: which arm, which seed.
         settings: numbers of the experiment.
-        labeller: who answers; None: the simulated expert, with `settings.flip_rate` wrong answers.
+        labeller: who answers; None: the simulated expert, with `flip_rate` wrong answers.
 
     Returns:
         Rows of `TRIAL_SCHEMA`: for every loop from 0 the test scores per cluster and over all cells, and the Monte-Carlo scores
@@ -64,6 +66,8 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
     Raises:
         ConfigError: scenario, strategy or numbers do not fit the problem.
     """
+    if trial.flip_rate is not None:
+        settings = dataclasses.replace(settings, flip_rate=trial.flip_rate)
     start = _start(problem, trial, settings, labeller)
     expert = labeller or SimulatedLabeller(problem.train.labels, settings.flip_rate, trial.seed)
     answers = expert.answer(start.labelled)

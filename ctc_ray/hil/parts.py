@@ -36,8 +36,9 @@ class Parts:
     def name(self, trial: Trial) -> str:
         """File name of a trial's part, readable and unique to trial, settings and inputs."""
         made_of = {"trial": asdict(trial), "settings": asdict(self.settings), "inputs": dict(self.inputs)}
+        flips = "" if trial.flip_rate is None else f"-flips{trial.flip_rate:g}"
         main = "" if trial.main_cluster is None else f"-main{trial.main_cluster}"
-        return f"{trial.scenario}-{trial.strategy}{main}-seed{trial.seed}-{digest_of(made_of)}.parquet"
+        return f"{trial.scenario}-{trial.strategy}{main}{flips}-seed{trial.seed}-{digest_of(made_of)}.parquet"
 
     def path(self, trial: Trial) -> str:
         """Path of a trial's part."""

@@ -35,7 +35,7 @@ from ctc_ray.records import (
     require_fresh,
     state_of,
 )
-from ctc_ray.schema import EFFORT_SCHEMA, RESULTS_SCHEMA, TRIAL_SCHEMA
+from ctc_ray.schema import EFFORT_SCHEMA, FLIP_RATE, RESULTS_SCHEMA, TRIAL_SCHEMA
 from ctc_ray.storage import Store
 
 STAGE = "simulate"
@@ -116,7 +116,7 @@ def _sweep_and_publish(config: RunConfig, source: _Source, identity: str, progre
 
     with connect(config=config.ray):
         done = run_sweep(problem, trials, parts, max_concurrent=settings.max_concurrent, progress=progress)
-    table = _gather(source.store, [parts.path(trial) for trial in trials])
+    table = _gather(parts, trials)
     record = Record(
         stage=STAGE,
         unit=settings.name,
@@ -134,7 +134,8 @@ def _sweep_and_publish(config: RunConfig, source: _Source, identity: str, progre
         units_reused=done.reused,
         workers=done.workers,
     )
-    files = {RESULTS: table.select(RESULTS_SCHEMA.names), EFFORT: _effort(table, settings.seconds_per_cell)}
+    results = table.drop_columns([name for name in TRIAL_SCHEMA.names if name not in RESULTS_SCHEMA.names])
+    files = {RESULTS: results, EFFORT: _effort(table, settings.seconds_per_cell)}
     finished = publish(source.store, source.folder, {**files, **_checks(source)}, record)
     source.store.delete_folder(f"{source.folder}/{FOLDER}")
     return finished
@@ -171,7 +172,7 @@ def seeds_of(config: HilConfig) -> tuple[int, ...]:
 
 
 def plan_trials(config: HilConfig, problem: Problem) -> list[Trial]:
-    """All trials of a sweep; `limited-local` has them for each main cluster.
+    """All trials of a sweep; `limited-local` has them for each main cluster, and all are there for each share of wrong answers.
 
     Raises:
         ConfigError: a scenario or strategy is unknown, or a main cluster has no training cell.
@@ -183,13 +184,17 @@ def plan_trials(config: HilConfig, problem: Problem) -> list[Trial]:
         raise ConfigError(
             f"main cluster {unknown[0]} has no labelled training cell: choose among {', '.join(map(str, clusters))}"
         )
-    trials = []
+    arms = []
     for scenario in dict.fromkeys(config.scenarios):
         mains = (config.main_clusters or clusters) if scenario == "limited-local" else (None,)
         for main in mains:
-            for strategy in dict.fromkeys(config.strategies):
-                trials += [Trial(scenario, strategy, main, run, seed) for run, seed in enumerate(seeds_of(config), 1)]
-    return trials
+            arms += [(scenario, strategy, main) for strategy in dict.fromkeys(config.strategies)]
+    return [
+        Trial(*arm, run, seed, flips)
+        for arm in arms
+        for flips in dict.fromkeys(config.flip_rates) or (None,)
+        for run, seed in enumerate(seeds_of(config), 1)
+    ]
 
 
 def _check_names(config: HilConfig) -> None:
@@ -231,8 +236,13 @@ def _checks(source: _Source) -> dict[str, bytes]:
     return {CHECKS: json.dumps(asdict(check_release(read_release(source.release))), indent=1).encode() + b"\n"}
 
 
-def _gather(store: Store, paths: list[str]) -> pa.Table:
-    tables = [store.read_table(path).cast(TRIAL_SCHEMA) for path in paths]
+def _gather(parts: Parts, trials: list[Trial]) -> pa.Table:
+    """All rows; with a column `flip_rate` where the trials differ in it."""
+    tables = [parts.store.read_table(parts.path(trial)).cast(TRIAL_SCHEMA) for trial in trials]
+    rates = [trial.flip_rate for trial in trials]
+    if len(set(rates)) > 1:
+        columns = [pa.array([rate] * part.num_rows, FLIP_RATE.type) for part, rate in zip(tables, rates, strict=True)]
+        tables = [part.append_column(FLIP_RATE, column) for part, column in zip(tables, columns, strict=True)]
     table = pa.concat_tables(tables)
     if table.num_rows == 0:
         raise SchemaError("the simulations gave no rows")
@@ -243,7 +253,8 @@ def _effort(table: pa.Table, seconds_per_cell: float) -> pa.Table:
     """One row a run and loop: how many cells the labeller had looked at, and how long that takes."""
     rows = pl.DataFrame(pl.from_arrow(table)).filter(pl.col("cluster").is_null() & (pl.col("split") == "test"))
     minutes = (pl.col("num_viewed") * seconds_per_cell / 60.0).alias("minutes")
-    return rows.with_columns(minutes).select(EFFORT_SCHEMA.names).to_arrow().cast(EFFORT_SCHEMA)
+    schema = EFFORT_SCHEMA.append(FLIP_RATE) if FLIP_RATE.name in table.schema.names else EFFORT_SCHEMA
+    return rows.with_columns(minutes).select(schema.names).to_arrow().cast(schema)
 
 
 def _result(source: _Source, counts: dict[str, int], *, computed: int, reused: int, seconds: float) -> StageResult:

@@ -147,4 +147,5 @@ class _Advance(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._task is not None:
             one = trial.config["trial"]
-            self._task.advance(note=f"{one['scenario']}, {one['strategy']}, seed {one['seed']}")
+            flips = "" if one["flip_rate"] is None else f", {one['flip_rate']:.0%} wrong answers"
+            self._task.advance(note=f"{one['scenario']}, {one['strategy']}, seed {one['seed']}{flips}")

@@ -140,6 +140,20 @@ def test_plan_trials_limited_local_has_every_main_cluster_but_the_background(mak
     assert {t.main_cluster for t in trials if t.scenario == "limited-global"} == {None}
 
 
+def test_plan_trials_has_every_arm_for_every_share_of_wrong_answers(problem: Problem) -> None:
+    trials = plan_trials(_config("hil.flip_rates=[0, 0.1, 0.1]").hil, problem)
+    assert [(t.strategy, t.flip_rate, t.seed) for t in trials] == [
+        (strategy, rate, seed)
+        for strategy in ("random", "cluster-f1", "margin")
+        for rate in (0.0, 0.1)
+        for seed in (0, 1)
+    ]
+    alone = {t.flip_rate for t in plan_trials(_config("hil.flip_rate=0.1").hil, problem)}
+    assert alone == {None}  # results of one share have no column for it
+    with pytest.raises(ConfigError, match="flip_rates"):
+        _config("hil.flip_rates=[0, 1.5]")
+
+
 def test_seeds_of_paper_or_a_number() -> None:
     assert seeds_of(load_config(None, []).hil) == (164, 29, 7, 190, 71)
     assert seeds_of(load_config(None, ["hil.seeds='3'"]).hil) == (0, 1, 2)
@@ -204,6 +218,32 @@ def test_run_simulate_cohort_writes_the_rows_of_the_plain_loop_and_then_reuses_t
         run_simulate(_config("hil.loops=1"), cohort)
     forced = run_simulate(_config("hil.loops=1"), cohort, force=True)
     assert forced.units_computed == 6
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_simulate_over_wrong_answers_writes_a_column_and_the_rows_of_each_share(
+    tmp_path: Path, problem: Problem
+) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    config = _config("hil.flip_rates=[0, 0.25]", "hil.strategies=[random]")
+    result = run_simulate(config, cohort)
+    assert result.counts["trials"] == 4
+    table = pl.from_arrow(cohort.store.read_table("simulations/paper/results.parquet"))
+    assert isinstance(table, pl.DataFrame)
+    assert table.columns == [*RESULTS_SCHEMA.names, "flip_rate"]
+    found = read_problem(cohort, config.hil, read_inputs(cohort, config.hil))
+    for rate in (0.0, 0.25):
+        settings = dataclasses.replace(loop_settings(config.hil), flip_rate=rate)
+        trials = [Trial("limited-global", "random", None, run, run - 1) for run in (1, 2)]
+        rows = [row for trial in trials for row in run_trial(found, trial, settings)]
+        own = table.filter(pl.col("flip_rate") == rate).drop("flip_rate")
+        assert own.to_dicts() == [{name: row[name] for name in RESULTS_SCHEMA.names} for row in rows]
+    clean, flipped = table.partition_by("flip_rate")
+    assert not clean["f1"].equals(flipped["f1"])
+    effort = pl.from_arrow(cohort.store.read_table("simulations/paper/effort.parquet"))
+    assert isinstance(effort, pl.DataFrame)
+    assert effort["flip_rate"].to_list() == [0.0] * 6 + [0.25] * 6
 
 
 @pytest.mark.ray
