@@ -2,16 +2,18 @@
 
     python -m benchmarks.hil_study choose  [--work FOLDER] [--jurkat FILE]
     python -m benchmarks.hil_study confirm [--work FOLDER] [--release DIR]
+    python -m benchmarks.hil_study show [--figure FILE]
 
-`choose` runs every strategy on five phantom cohorts (seeds 1 to 5, five starts each) and on five halvings of the real Jurkat cells
-(dividing cells positive, each half drawn from, two to three starts each), and recommends one by a rule fixed before the first run: of the
-strategies that are significantly worse (95 % interval below zero) than neither `random` nor `cluster-f1` on neither set, the one with the
-highest mean gain over `random`, averaged over both sets. `confirm` runs once on five further phantom cohorts (seeds from 1000) and on the
-release, judges the recommendation that `choose` wrote down, and changes nothing.
+`choose` runs every strategy on 25 phantom cohorts (seeds 1 to 25, one start each) and on five halvings of the real Jurkat cells
+(dividing cells positive, each half drawn from, two to three starts each), and recommends one by a rule: of the strategies that are
+significantly worse (95 % interval below zero) than neither `random` nor `cluster-f1` on neither set, the one with the highest mean
+gain over `random`, averaged over both sets. `confirm` runs once on 25 further phantom cohorts (seeds from 1000) and on the release (25
+starts), judges the recommendation that `choose` wrote down, and changes nothing. `show` prints the tables of `docs/hil_study.md`
+and draws its figure.
 
 Scenario limited-global as in the paper: 100 labels, then 100 a loop, four loops. The figure is the area under the curve of test F1 over
 labels (mean height). Differences are paired by cohort and start. Clean answers, and 5 and 10 % wrong ones. Writes
-`benchmarks/results/hil_study.json`. Runs without Ray, `--workers` processes of one thread each.
+`benchmarks/results/hil_study.json`, and all rows into the work folder. Runs without Ray, `--workers` processes of one thread each.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,10 @@ import polars as pl
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
+from benchmarks.hil_study_judgement import judge, recommend
 from benchmarks.hil_study_problems import JURKAT_FOLDS, jurkat_problem, phantom_problem, release_problem
+from benchmarks.hil_study_tables import draw, print_markdown
 from benchmarks.segment_accuracy import hardware
-from ctc_ray.hil.comparison import areas, compare, final_scores, labels_to_reach, worst_clusters
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.pools import Problem
 from ctc_ray.hil.settings import LoopSettings
@@ -41,9 +44,8 @@ from ctc_ray.schema import TRIAL_SCHEMA
 
 RESULTS = Path(__file__).parent / "results" / "hil_study.json"
 SCENARIO = "limited-global"
-BASELINES = ("random", "cluster-f1")
 FLIP_RATES = (0.0, 0.05, 0.10)
-STARTS = 5
+COHORTS = 25
 RELEASE_STARTS = 25
 
 
@@ -75,7 +77,7 @@ def problem_of(data: str, number: int, options: argparse.Namespace) -> Problem:
 def tasks_of(phase: str, strategies: list[str]) -> Iterator[Task]:
     """All runs of a phase."""
     first = 1 if phase == "choose" else 1000
-    runs = [("phantom", first + cohort, start) for cohort in range(5) for start in range(STARTS)]
+    runs = [("phantom", first + cohort, 0) for cohort in range(COHORTS)]
     if phase == "choose":
         runs += [("jurkat", half, start) for half in range(2 * JURKAT_FOLDS) for start in range(2 + half % 2)]
     else:
@@ -101,20 +103,21 @@ def run(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row for row in rows if row["split"] == "test"]
 
 
-def run_all(tasks: list[Task], options: argparse.Namespace) -> dict[tuple[str, float], pl.DataFrame]:
-    """Results by data set and share of wrong answers."""
+def run_all(tasks: list[Task], options: argparse.Namespace) -> pl.DataFrame:
+    """All rows: columns of `TRIAL_SCHEMA`, `data` and `flip_rate`."""
     for data, number in dict.fromkeys((task.data, task.number) for task in tasks):
         problem_of(data, number, options)  # made once, here, and read by the workers
-    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    found: list[pl.DataFrame] = []
     started = time.monotonic()
     with ProcessPoolExecutor(options.workers) as pool:
         for done, (task, rows) in enumerate(
             zip(tasks, pool.map(run, tasks, [options] * len(tasks), chunksize=14), strict=True), 1
         ):
-            found.setdefault((task.data, task.flip_rate), []).extend(rows)
+            about = {"data": pl.lit(task.data), "flip_rate": pl.lit(task.flip_rate)}
+            found.append(_frame(rows).with_columns(**about))
             if done % 100 == 0:
                 print(f"  {done} of {len(tasks)} runs in {time.monotonic() - started:.0f} s", flush=True)
-    return {key: _frame(rows) for key, rows in found.items()}
+    return pl.concat(found)
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
@@ -124,87 +127,35 @@ def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
     return frame
 
 
-FIGURES: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
-    "area": areas,
-    "final_f1": final_scores,
-    "worst_cluster_f1": worst_clusters,
-}
-
-
-def judge(results: pl.DataFrame) -> dict[str, Any]:
-    """Means of every figure, comparisons with both baselines, and labels to reach what chance reaches at the end."""
-    random_end = float(final_scores(results).filter(pl.col("strategy") == "random")["value"].mean() or 0.0)
-    reached = labels_to_reach(results, random_end)
-    figures = {name: make(results) for name, make in FIGURES.items()} | {"labels_to_random_end": reached}
-    means = {
-        name: {
-            str(key[0]): {"mean": group["value"].mean(), "sd": group["value"].std(), "runs": group["value"].count()}
-            for key, group in figure.sort("strategy").group_by("strategy", maintain_order=True)
-        }
-        for name, figure in figures.items()
-    }
-    against = {base: compare(figures["area"], base).to_dicts() for base in BASELINES}
-    return {"random_end_f1": random_end, "means": means, "area_against": against}
-
-
-def recommend(judged: dict[str, Any]) -> dict[str, Any]:
-    """The recommendation by the rule of this module's docstring, on clean answers."""
-    gains: dict[str, list[float]] = {}
-    refused: dict[str, str] = {}
-    for data in ("phantom", "jurkat"):
-        for base in BASELINES:
-            for row in judged[f"{data} 0.00"]["area_against"][base]:
-                if row["high"] < 0:
-                    refused[row["strategy"]] = f"worse than {base} on {data}"
-                if base == "random":
-                    gains.setdefault(row["strategy"], []).append(row["mean_difference"])
-    ranked = sorted(((sum(found) / len(found), name) for name, found in gains.items()), reverse=True)
-    allowed = [(gain, name) for gain, name in ranked if name not in refused and name not in BASELINES]
-    return {"recommended": allowed[0][1] if allowed else None, "mean_gain": ranked, "refused": refused}
-
-
-def show(name: str, judged: dict[str, Any]) -> None:
-    """One table a data set and share of wrong answers."""
-    print(f"\n{name}: random ends at F1 {judged['random_end_f1']:.3f}")
-    print(
-        f"{'strategy':20}{'area':>7}{'vs random (95 %)':>26}{'vs cluster-f1 (95 %)':>28}{'end F1':>8}{'worst':>7}{'labels':>8}"
-    )
-    means, against = judged["means"], judged["area_against"]
-    for strategy in sorted(means["area"], key=lambda s: -means["area"][s]["mean"]):
-        texts = []
-        for base in BASELINES:
-            row = next((r for r in against[base] if r["strategy"] == strategy), None)
-            texts.append(f"{row['mean_difference']:+.4f} [{row['low']:+.4f} {row['high']:+.4f}]" if row else "-")
-        end, worst = means["final_f1"][strategy]["mean"], means["worst_cluster_f1"][strategy]["mean"]
-        labels = means["labels_to_random_end"][strategy]
-        reach = f"{labels['mean']:.0f}" if labels["mean"] is not None else "-"
-        print(
-            f"{strategy:20}{means['area'][strategy]['mean']:7.4f}{texts[0]:>26}{texts[1]:>28}{end:8.3f}{worst:7.3f}{reach:>8}"
-        )
+def judged_by_set(results: pl.DataFrame) -> dict[str, Any]:
+    """Judgements by `<data set> <share of wrong answers>`."""
+    parts = results.partition_by("data", "flip_rate", as_dict=True, include_key=False)
+    return {f"{data} {flips:.2f}": judge(part) for (data, flips), part in parts.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("choose", "confirm"))
-    parser.add_argument("--work", type=Path, default=Path("hil_study"), help="keeps embeddings and maps")
+    parser.add_argument("phase", choices=("choose", "confirm", "show"))
+    parser.add_argument("--work", type=Path, default=Path("hil_study"), help="keeps embeddings, maps and all rows")
     parser.add_argument("--jurkat", type=Path, default=Path("../shared/data/jurkat_ifc/cells.npz"))
     parser.add_argument("--release", type=Path, default=Path("../shared/data/hil_release"))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--figure", type=Path, help="where `show` draws the figure (SVG)")
     options = parser.parse_args()
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.phase == "show":
+        print_markdown(known)
+        if options.figure:
+            draw(known, options.figure)
+        return
     started = time.monotonic()
     with threadpool_limits(1):
         results = run_all(list(tasks_of(options.phase, options.strategies)), options)
-    judged = {f"{data} {flip:.2f}": judge(frame) for (data, flip), frame in results.items()}
-    for name, found in judged.items():
-        show(name, found)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = {
-        "data": judged,
-        "seconds": time.monotonic() - started,
-        "hardware": hardware(),
-        "versions": library_versions(),
-    }
+    results.write_parquet(options.work / f"rows-{options.phase}.parquet")
+    judged = judged_by_set(results)
+    seconds = time.monotonic() - started
+    found = {"data": judged, "seconds": seconds, "hardware": hardware(), "versions": library_versions()}
     if options.phase == "choose":
         found |= recommend(judged)
         print(f"\nrecommended: {found['recommended']}; refused: {found['refused']}")
@@ -212,6 +163,7 @@ def main() -> None:
         print(f"\njudged: {known.get('choose', {}).get('recommended')}, as chosen before")
     known[options.phase] = found
     RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    print_markdown(known, phases=(options.phase,))
 
 
 if __name__ == "__main__":
