@@ -527,6 +527,8 @@ class HilConfig(Section):
     """What a look at a cell takes. Source: paper, 100 cells in 5 minutes."""
     budget_s: Annotated[float, Field(gt=0)] = neutral(300.0)
     """Time of the expert in a loop of `rare-positive`. Source: paper."""
+    drop_after: Count | None = neutral(None)
+    """Seeds after which arms that are clearly behind the best one of their setting get no more; None: every arm gets all seeds."""
     max_concurrent: Count = operational(2)
     """Trials at a time, one processor each; raise it on a cluster."""
 

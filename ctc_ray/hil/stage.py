@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import polars as pl
 import pyarrow as pa
@@ -15,6 +16,7 @@ from ctc_ray.cohort import Cohort
 from ctc_ray.config import HilConfig, RunConfig
 from ctc_ray.errors import ConfigError, SchemaError
 from ctc_ray.hil.cohort_pools import read_inputs, read_problem
+from ctc_ray.hil.dropping import hopeless_arms, is_hopeless
 from ctc_ray.hil.loop import Trial, check_trials
 from ctc_ray.hil.parts import FOLDER, Parts
 from ctc_ray.hil.pools import BACKGROUND, Problem
@@ -37,6 +39,9 @@ from ctc_ray.records import (
 )
 from ctc_ray.schema import EFFORT_SCHEMA, FLIP_RATE, RESULTS_SCHEMA, TRIAL_SCHEMA
 from ctc_ray.storage import Store
+
+if TYPE_CHECKING:
+    from ctc_ray.hil.sweep import SweepResult
 
 STAGE = "simulate"
 RESULTS = "results.parquet"
@@ -112,10 +117,8 @@ def _sweep_and_publish(config: RunConfig, source: _Source, identity: str, progre
     trials = plan_trials(settings, problem)
     check_trials(problem, trials, loop_settings(settings))
     parts = Parts(source.store, source.folder, loop_settings(settings), source.inputs)
-    from ctc_ray.hil.sweep import run_sweep  # Tune takes seconds to import
-
     with connect(config=config.ray):
-        done = run_sweep(problem, trials, parts, max_concurrent=settings.max_concurrent, progress=progress)
+        trials, done = _sweep(problem, trials, parts, settings, progress)
     table = _gather(parts, trials)
     record = Record(
         stage=STAGE,
@@ -132,13 +135,36 @@ def _sweep_and_publish(config: RunConfig, source: _Source, identity: str, progre
         seconds=time.monotonic() - started,
         units_computed=done.computed,
         units_reused=done.reused,
-        workers=done.workers,
+        workers=done.tally.rows(),
     )
     results = table.drop_columns([name for name in TRIAL_SCHEMA.names if name not in RESULTS_SCHEMA.names])
     files = {RESULTS: results, EFFORT: _effort(table, settings.seconds_per_cell)}
     finished = publish(source.store, source.folder, {**files, **_checks(source)}, record)
     source.store.delete_folder(f"{source.folder}/{FOLDER}")
     return finished
+
+
+def _sweep(
+    problem: Problem, trials: list[Trial], parts: Parts, settings: HilConfig, progress: Progress
+) -> tuple[list[Trial], SweepResult]:
+    """Run the trials, without further seeds of hopeless arms where that is asked for; which ones there are, and the counts."""
+    from ctc_ray.hil.sweep import run_sweep  # Tune takes seconds to import
+
+    after = settings.drop_after or len(trials)
+    first = [trial for trial in trials if trial.run <= after]
+    later = [trial for trial in trials if trial.run > after]
+    done = run_sweep(problem, first, parts, max_concurrent=settings.max_concurrent, progress=progress)
+    if not later:
+        return first, done
+    frame = pl.DataFrame(pl.from_arrow(_gather(parts, first)))
+    dropped = hopeless_arms(frame)
+    kept = [trial for trial in later if not is_hopeless(trial, dropped)]
+    for scenario, strategy, *_ in sorted(dropped, key=str):
+        progress.say(f"{scenario}, {strategy}: clearly behind after {after} seeds, dropped")
+    more = run_sweep(problem, kept, parts, max_concurrent=settings.max_concurrent, progress=progress)
+    for row in more.tally.rows():
+        done.tally.add(row["node"], row["pid"], row["units"])
+    return [*first, *kept], replace(done, computed=done.computed + more.computed, reused=done.reused + more.reused)
 
 
 def plan_simulate(

@@ -33,12 +33,12 @@ class SweepResult:
     Attributes:
         computed: trials that ran now.
         reused: trials whose part was there.
-        workers: rows for `Record.workers`.
+        tally: trials that each worker ran.
     """
 
     computed: int
     reused: int
-    workers: list[dict[str, Any]]
+    tally: WorkerTally
 
 
 def run_sweep(
@@ -69,7 +69,7 @@ def run_sweep(
         _raise_first(results)
         for result in results:
             tally.add(str(result.metrics["node"]), int(result.metrics["pid"]))
-    return SweepResult(len(missing), reused, tally.rows())
+    return SweepResult(len(missing), reused, tally)
 
 
 def _tuner(

@@ -23,6 +23,7 @@ from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig, load_config
 from ctc_ray.errors import ConfigError, LabelError, MissingInputError, StaleOutputError
 from ctc_ray.hil.cohort_pools import read_inputs, read_problem
+from ctc_ray.hil.dropping import hopeless_arms
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.parts import Parts
 from ctc_ray.hil.pools import Problem
@@ -244,6 +245,27 @@ def test_run_simulate_over_wrong_answers_writes_a_column_and_the_rows_of_each_sh
     effort = pl.from_arrow(cohort.store.read_table("simulations/paper/effort.parquet"))
     assert isinstance(effort, pl.DataFrame)
     assert effort["flip_rate"].to_list() == [0.0] * 6 + [0.25] * 6
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_run_simulate_drop_after_gives_hopeless_arms_no_more_seeds(
+    tmp_path: Path, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctc_ray.hil.dropping.SIGNIFICANCE", 1.1)  # every arm but the best is behind
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    config = _config("hil.strategies=[random, margin, entropy]", "hil.seeds=3", "hil.drop_after=2")
+    result = run_simulate(config, cohort)
+    table = pl.DataFrame(pl.from_arrow(cohort.store.read_table("simulations/paper/results.parquet")))
+    hopeless = {arm[1] for arm in hopeless_arms(table.filter(pl.col("run") <= 2))}
+    assert hopeless
+    assert "random" not in hopeless
+    runs = dict(table.group_by("strategy").agg(pl.col("run").n_unique()).iter_rows())
+    assert runs == {name: 2 if name in hopeless else 3 for name in ("random", "margin", "entropy")}
+    assert result.units_computed == result.counts["trials"] == sum(runs.values())
+    record = read_record(cohort.store, "simulations/paper")
+    assert record is not None
+    assert sum(worker["units"] for worker in record.workers) == sum(runs.values())
 
 
 @pytest.mark.ray
