@@ -1,8 +1,9 @@
 """Is one strategy better than another, and by how much: figures of each run, paired by seed, with intervals and tests.
 
 Arms of one seed start from the same labels, so that differences are taken seed by seed. Every function takes the frame of
-`simulations/<name>/results.parquet` (columns of `RESULTS_SCHEMA`) or a frame of figures: columns scenario, strategy, main_cluster, run,
-seed and `value`.
+`simulations/<name>/results.parquet` (columns of `RESULTS_SCHEMA`, and `flip_rate` where there are several) or a frame of figures: columns
+scenario, strategy, main_cluster, flip_rate (where the results have it), run, seed and `value`. Strategies are compared within one setting:
+one scenario, main cluster and share of wrong answers.
 """
 
 from __future__ import annotations
@@ -14,54 +15,174 @@ import numpy.typing as npt
 import polars as pl
 
 from ctc_ray.errors import SchemaError
-from ctc_ray.hil.statistics import area_under_curve, require_columns
+from ctc_ray.hil.statistics import arm_keys, require_columns, run_keys, setting_keys
+from ctc_ray.schema import EFFORT_SCHEMA
 
 Floats = npt.NDArray[np.float64]
-_RUN: Final = ["scenario", "strategy", "main_cluster", "run", "seed"]
 _EXACT_PAIRS: Final = 16
 """Up to this many pairs all sign patterns are tried."""
 
 
 def areas(results: pl.DataFrame) -> pl.DataFrame:
-    """Mean height of each run's curve of test F1 over labels, all cells together, as `value`."""
-    found = area_under_curve(results).filter((pl.col("split") == "test") & pl.col("cluster").is_null())
-    return found.select(*_RUN, pl.col("area").alias("value"))
+    """Mean height of each run's curve of test F1 over labels, all cells together, as `value`.
+
+    Arms of one setting and seed are judged on the labels that all of them have: from the highest of their first numbers to the lowest
+    of their last ones, on straight lines between loops. Where all arms draw alike this is each arm's own span. In `rare-positive` they
+    do not, and an arm with more finds would else be judged on another range. An arm without a new label has no area (null), and does
+    not narrow the span of the others.
+
+    Args:
+        results: rows of `results.parquet`.
+
+    Returns:
+        A frame of figures (0 to 1).
+
+    Raises:
+        SchemaError: a column is missing.
+    """
+    require_columns(results)
+    return _mean_heights(_total(results).with_columns(pl.col("num_train").cast(pl.Float64).alias("at")))
+
+
+def areas_over_minutes(results: pl.DataFrame, effort: pl.DataFrame) -> pl.DataFrame:
+    """Mean height of each run's curve of test F1 over the expert's minutes, all cells together, as `value`.
+
+    Minutes count from the first loop; the labels before it have cost nothing here. Arms of one setting and seed are judged on the
+    minutes that all of them have, as in `areas`: the random arm of `rare-positive` looks far longer than the others.
+
+    Args:
+        results: rows of `results.parquet`.
+        effort: rows of `effort.parquet` of the same simulation (columns of `EFFORT_SCHEMA`, and `flip_rate` as in the results).
+
+    Returns:
+        A frame of figures (0 to 1).
+
+    Raises:
+        SchemaError: a column is missing, or a loop of the results has no row in `effort`.
+    """
+    require_columns(results)
+    keys = [*run_keys(results), "loop"]
+    missing = [name for name in dict.fromkeys([*EFFORT_SCHEMA.names, *keys]) if name not in effort.columns]
+    if missing:
+        raise SchemaError(
+            f"the effort of a simulation lacks the columns {', '.join(missing)}: run `ctc-ray simulate` again"
+        )
+    minutes = effort.select(*keys, pl.col("minutes").alias("at"))
+    curves = _total(results).join(minutes, on=keys, how="left", nulls_equal=True)
+    if curves["at"].null_count():
+        row = curves.filter(pl.col("at").is_null()).row(0, named=True)
+        raise SchemaError(
+            f"effort has no minutes for {row['scenario']}, {row['strategy']}, seed {row['seed']}, loop {row['loop']}: results and effort "
+            "are of different simulations, run `ctc-ray simulate` again"
+        )
+    return _mean_heights(curves)
+
+
+def _total(results: pl.DataFrame) -> pl.DataFrame:
+    """Test rows of all cells together."""
+    return results.filter((pl.col("split") == "test") & pl.col("cluster").is_null())
+
+
+def _mean_heights(curves: pl.DataFrame) -> pl.DataFrame:
+    """Mean height of F1 over `at` for each run, on the span that the arms of a setting and seed share."""
+    keys = run_keys(curves)
+    rows = []
+    for _, arms in curves.sort("loop").group_by([*setting_keys(curves), "seed"], maintain_order=True):
+        runs = {key: run.drop_nulls("f1") for key, run in arms.group_by(keys, maintain_order=True)}
+        points = {key: (run["at"].to_numpy(), run["f1"].to_numpy()) for key, run in runs.items()}
+        growing = [at for at, _ in points.values() if len(at) and at[-1] > at[0]]
+        low, high = max((at[0] for at in growing), default=0.0), min((at[-1] for at in growing), default=0.0)
+        for key, (at, f1) in points.items():
+            has_area = low < high and len(at) > 0 and at[-1] > at[0]
+            rows.append((*key, mean_height(at, f1, low, high) if has_area else None))
+    schema = {name: curves.schema[name] for name in keys} | {"value": pl.Float64()}
+    return pl.DataFrame(rows, schema=schema, orient="row").sort(keys)
+
+
+def mean_height(at: Floats, f1: Floats, low: float, high: float) -> float:
+    """Trapezoid area of a curve between two places, divided by their distance; linear between points.
+
+    Args:
+        at: (N,) places, never falling. Where points share a place, the curve jumps there; a jump at an end lies outside.
+        f1: (N,) heights.
+        low: where to begin, at least `at[0]`.
+        high: where to end, above `low`, at most `at[-1]`.
+    """
+    first = int(np.searchsorted(at, low, side="right")) - 1
+    last = int(np.searchsorted(at, high, side="left"))
+    start = np.interp(low, at[first : first + 2], f1[first : first + 2])
+    end = np.interp(high, at[last - 1 : last + 1], f1[last - 1 : last + 1])
+    places = np.concatenate([[low], at[first + 1 : last], [high]])
+    heights = np.concatenate([[start], f1[first + 1 : last], [end]])
+    return float(np.trapezoid(heights, places) / (high - low))
 
 
 def final_scores(results: pl.DataFrame) -> pl.DataFrame:
     """Test F1 of each run after its last loop, all cells together, as `value`."""
     require_columns(results)
-    total = results.filter((pl.col("split") == "test") & pl.col("cluster").is_null())
-    last = pl.col("loop") == pl.col("loop").max().over(_RUN)
-    return total.filter(last).select(*_RUN, pl.col("f1").alias("value")).sort(_RUN)
+    keys = run_keys(results)
+    last = pl.col("loop") == pl.col("loop").max().over(keys)
+    return _total(results).filter(last).select(*keys, pl.col("f1").alias("value")).sort(keys)
 
 
 def worst_clusters(results: pl.DataFrame) -> pl.DataFrame:
     """Lowest test F1 of any cluster after each run's last loop, as `value`; background and undefined scores left out."""
     require_columns(results)
+    keys = run_keys(results)
     clusters = results.filter((pl.col("split") == "test") & (pl.col("cluster") >= 0))
-    last = clusters.filter(pl.col("loop") == pl.col("loop").max().over(_RUN))
-    return last.group_by(_RUN).agg(pl.col("f1").min().alias("value")).sort(_RUN)
+    last = clusters.filter(pl.col("loop") == pl.col("loop").max().over(keys))
+    return last.group_by(keys).agg(pl.col("f1").min().alias("value")).sort(keys)
 
 
 def labels_to_reach(results: pl.DataFrame, f1: float) -> pl.DataFrame:
     """Labels at which each run's curve of test F1 first reaches a height, all cells together.
+
+    A mean of these numbers leaves out the runs that never got there, and so favours arms that seldom do: use `reach_summary`.
 
     Args:
         results: rows of `results.parquet`.
         f1: the height.
 
     Returns:
-        Columns scenario, strategy, main_cluster, run, seed, `value` (float labels, interpolated between loops on a straight
-        line; null where the curve never gets there).
+        A frame of figures; `value` in labels (float, interpolated between loops on a straight line; null where the curve never gets
+        there).
     """
     require_columns(results)
-    total = results.filter((pl.col("split") == "test") & pl.col("cluster").is_null()).drop_nulls("f1")
+    keys = run_keys(results)
     rows = []
-    for key, group in total.sort("loop").group_by(_RUN, maintain_order=True):
-        rows.append((*key, _first_crossing(group["num_train"].to_numpy(), group["f1"].to_numpy(), f1)))
-    schema = {name: results.schema[name] for name in _RUN} | {"value": pl.Float64()}
-    return pl.DataFrame(rows, schema=schema, orient="row").sort(_RUN)
+    for key, group in _total(results).sort("loop").group_by(keys, maintain_order=True):
+        defined = group.drop_nulls("f1")
+        rows.append((*key, _first_crossing(defined["num_train"].to_numpy(), defined["f1"].to_numpy(), f1)))
+    schema = {name: results.schema[name] for name in keys} | {"value": pl.Float64()}
+    return pl.DataFrame(rows, schema=schema, orient="row").sort(keys)
+
+
+def reach_summary(reached: pl.DataFrame) -> pl.DataFrame:
+    """How many runs of each arm got to a height, and how many labels a run needs in the middle.
+
+    Args:
+        reached: what `labels_to_reach` returned.
+
+    Returns:
+        Columns scenario, strategy, main_cluster, flip_rate (where `reached` has it), num_reached, num_runs, median (labels, over all
+        runs, those that never got there counted as infinite; null where the median is infinite). Sorted by arm.
+
+    Raises:
+        SchemaError: a column is missing.
+    """
+    _require_figures(reached)
+    keys = arm_keys(reached)
+    median = pl.col("value").fill_null(float("inf")).median()
+    return (
+        reached.group_by(keys)
+        .agg(
+            pl.col("value").count().cast(pl.Int32).alias("num_reached"),
+            pl.len().cast(pl.Int32).alias("num_runs"),
+            median.alias("median"),
+        )
+        .with_columns(pl.when(pl.col("median").is_finite()).then(pl.col("median")).alias("median"))
+        .sort(keys)
+    )
 
 
 def _first_crossing(labels: npt.NDArray[np.int32], heights: Floats, wanted: float) -> float | None:
@@ -85,19 +206,19 @@ def compare(figures: pl.DataFrame, baseline: str, *, resamples: int = 10_000, se
         seed: of these draws.
 
     Returns:
-        Columns scenario, main_cluster, strategy, baseline, num_pairs, mean_difference, low and high (95 % percentile bootstrap
-        interval of the mean of paired differences), p_value (two-sided sign-flip permutation test), p_holm (the same, corrected by
-        Holm for the number of strategies compared in the scenario), num_better. One pair gives no interval and no test: null.
+        Columns scenario, main_cluster, flip_rate (where the figures have it), strategy, baseline, num_pairs, mean_difference, low and
+        high (95 % percentile bootstrap interval of the mean of paired differences), p_value (two-sided sign-flip permutation test),
+        num_better, p_holm (the p value corrected by Holm for the number of strategies compared in the setting). One pair gives no
+        interval and no test: null.
 
     Raises:
         SchemaError: a column is missing, or no run has the baseline.
 
     Source: Efron and Tibshirani (1993), chapter 13; sign-flip test of Fisher (1935); Holm (1979).
     """
-    missing = [name for name in [*_RUN, "value"] if name not in figures.columns]
-    if missing:
-        raise SchemaError(f"figures lack the columns {', '.join(missing)}")
-    group = ["scenario", "main_cluster", "seed"]
+    _require_figures(figures)
+    setting = setting_keys(figures)
+    group = [*setting, "seed"]
     reference = figures.filter(pl.col("strategy") == baseline).select(*group, pl.col("value").alias("baseline_value"))
     if reference.is_empty():
         names = ", ".join(sorted(figures["strategy"].unique()))
@@ -105,20 +226,27 @@ def compare(figures: pl.DataFrame, baseline: str, *, resamples: int = 10_000, se
     others = figures.filter(pl.col("strategy") != baseline)
     pairs = others.join(reference, on=group, how="inner", nulls_equal=True).drop_nulls(["value", "baseline_value"])
     rows = []
-    for key, rows_of in pairs.sort("seed").group_by(["scenario", "main_cluster", "strategy"], maintain_order=True):
+    for key, rows_of in pairs.sort("seed").group_by([*setting, "strategy"], maintain_order=True):
         difference = (rows_of["value"] - rows_of["baseline_value"]).to_numpy()
         rows.append((*key, baseline, *_compared(difference, resamples, seed)))
     schema = {
-        **{name: figures.schema[name] for name in ("scenario", "main_cluster", "strategy")},
+        **{name: figures.schema[name] for name in [*setting, "strategy"]},
         **{"baseline": pl.String(), "num_pairs": pl.Int32(), "mean_difference": pl.Float64()},
         **dict.fromkeys(("low", "high", "p_value"), pl.Float64()),
         "num_better": pl.Int32(),
     }
     table = pl.DataFrame(rows, schema=schema, orient="row")
-    corrected = [_with_holm(part) for _, part in table.group_by(["scenario", "main_cluster"], maintain_order=True)]
-    order = ["scenario", "main_cluster", "mean_difference"]
+    corrected = [_with_holm(part) for _, part in table.group_by(setting, maintain_order=True)]
     empty = table.with_columns(pl.lit(None, pl.Float64()).alias("p_holm"))
-    return (pl.concat(corrected) if corrected else empty).sort(order, descending=[False, False, True])
+    return (pl.concat(corrected) if corrected else empty).sort(
+        [*setting, "mean_difference"], descending=[*(False for _ in setting), True]
+    )
+
+
+def _require_figures(figures: pl.DataFrame) -> None:
+    missing = [name for name in [*run_keys(figures), "value"] if name not in figures.columns]
+    if missing:
+        raise SchemaError(f"figures lack the columns {', '.join(missing)}")
 
 
 def _compared(

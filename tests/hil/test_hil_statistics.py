@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from ctc_ray.errors import SchemaError
-from ctc_ray.hil.statistics import area_under_curve, paired_differences, summarise, table1
+from ctc_ray.hil.statistics import area_under_curve, first_and_last, paired_differences, summarise, table1
 from ctc_ray.schema import RESULTS_SCHEMA
 
 _COLUMNS = RESULTS_SCHEMA.names
@@ -86,3 +89,23 @@ def test_summarise_results_without_a_column_names_it() -> None:
     with pytest.raises(SchemaError, match="num_train"):
         summarise(_results().drop("num_train"))
     assert set(_COLUMNS) == set(_results().columns)
+
+
+def test_first_and_last_are_the_numbers_of_table1() -> None:
+    ends = first_and_last(_results())
+    assert ends["loop"].unique().sort().to_list() == [0, 2]
+    row = ends.filter((pl.col("strategy") == "random") & pl.col("cluster").is_null() & (pl.col("loop") == 2))
+    assert row.select("num_train", "mean_f1", "num_runs").row(0) == (300, pytest.approx(0.7), 2)
+    assert table1(_results())["random"][1] == f"{row['mean_f1'].item():.3f} ± {row['sd_f1'].item():.3f}"
+
+
+@pytest.mark.parametrize("table", [summarise, first_and_last, table1, paired_differences, area_under_curve])
+def test_tables_of_a_sweep_over_flip_rates_are_those_of_each_rate_alone(table: Any) -> None:
+    clean = _results()
+    noisy = clean.with_columns(pl.col("f1") * (1 - 0.01 * pl.col("loop")), pl.col("num_train") + 1)
+    sweep = pl.concat([clean.with_columns(flip_rate=pl.lit(0.0)), noisy.with_columns(flip_rate=pl.lit(0.1))])
+    together = table(sweep.sample(fraction=1.0, shuffle=True, seed=1))
+    assert together.columns.index("flip_rate") == together.columns.index("main_cluster") + 1
+    for rate, alone in ((0.0, table(clean)), (0.1, table(noisy))):
+        own = together.filter(pl.col("flip_rate") == rate).drop("flip_rate")
+        assert_frame_equal(own, alone, check_exact=False, abs_tol=1e-12)
