@@ -24,7 +24,7 @@ from ctc_ray.hil.diverse import choose_k_center, choose_maxherding, choose_probc
 from ctc_ray.hil.pools import Ints
 from ctc_ray.hil.quotas import cluster_deficit, members_of, share_out
 from ctc_ray.hil.state import LoopState
-from ctc_ray.hil.uncertain import choose_entropy, choose_margin, choose_qbc
+from ctc_ray.hil.uncertain import choose_entropy, choose_margin, choose_qbc, choose_uncertainty_ensemble
 
 Choose = Callable[[LoopState, np.random.Generator], Ints]
 
@@ -87,6 +87,7 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("cluster-margin", choose_cluster_margin, False, "Citovsky et al., NeurIPS 2021"),
         Strategy("badge", choose_badge, False, "Ash et al., ICLR 2020, with a linear head"),
         Strategy("random-mix", choose_random_mix, False, "half margin, half random"),
+        Strategy("uncertainty-ensemble", choose_uncertainty_ensemble, False, "this project"),
         Strategy("cluster-herding", choose_cluster_herding, True, "this project"),
     )
 }

@@ -34,7 +34,16 @@ from ctc_ray.hil.quotas import PRIOR_CELLS, shrunken_error_rates
 from ctc_ray.hil.scores import Score, score
 from ctc_ray.hil.state import LoopState
 from ctc_ray.hil.svm import Classifier, gamma_scale
-from ctc_ray.hil.uncertain import choose_entropy, choose_margin, choose_qbc, held_out_decisions, probabilities, sigmoid
+from ctc_ray.hil.uncertain import (
+    COMMITTEE,
+    choose_entropy,
+    choose_margin,
+    choose_qbc,
+    choose_uncertainty_ensemble,
+    held_out_decisions,
+    probabilities,
+    sigmoid,
+)
 
 
 def state_of(problem: Problem, count: int = 12, num_labelled: int = 40) -> LoopState:
@@ -194,6 +203,30 @@ def test_qbc_takes_cells_of_split_votes_before_cells_of_one_opinion(problem: Pro
     chosen = choose_qbc(state, rng())
     assert len(set(chosen.tolist())) == 20
     assert margin[chosen].mean() < 0.6 * margin[state.pool].mean()
+
+
+def test_uncertainty_ensemble_takes_cells_by_their_best_place_in_three_rankings(problem: Problem) -> None:
+    state = state_of(problem, count=25)
+    chosen = choose_uncertainty_ensemble(state, rng())
+    generator = rng()
+    cells = generator.permutation(state.pool)
+    features, answers = state.features[state.labelled], state.answers
+    slope, offset = sigmoid(held_out_decisions(features, answers), answers)
+    members = []
+    for _ in range(COMMITTEE):
+        rows = np.concatenate(
+            [generator.choice(np.flatnonzero(answers == c), np.sum(answers == c)) for c in np.unique(answers)]
+        )
+        member = SVC(class_weight="balanced").fit(features[rows], answers[rows])
+        members.append(1 / (1 + np.exp(-(slope * member.decision_function(state.features[cells]) + offset))))
+    own = SVC(class_weight="balanced").fit(features, answers).decision_function(state.features[cells])
+    probability = 1 / (1 + np.exp(-(slope * own + offset)))
+    rankings = [np.argsort(v) for v in (np.abs(own), np.abs(probability - 0.5), -np.std(members, axis=0))]
+    places = {i: min(int(np.flatnonzero(ranking == i)[0]) for ranking in rankings) for i in range(len(cells))}
+    expected = sorted(range(len(cells)), key=lambda i: (places[i], i))[:25]
+    assert chosen.tolist() == cells[expected].tolist()
+    firsts = {int(cells[ranking[0]]) for ranking in rankings}
+    assert firsts <= set(chosen[: len(firsts)].tolist())
 
 
 def test_cluster_margin_stays_on_the_shortlist_and_spreads_over_its_groups(problem: Problem) -> None:
