@@ -504,7 +504,8 @@ class HilConfig(Section):
     strategies: Annotated[tuple[str, ...], Field(min_length=1)] = ("random", "cluster-f1", "margin")
     """Strategies to compare."""
     main_clusters: tuple[int, ...] = ()
-    """Main clusters of `limited-local`; empty: every cluster of the training set but the background."""
+    """Main clusters of `limited-local` and regions of `rare-positive`; empty: every cluster of the training set but the background, and the
+    weakest one of the moment."""
     seeds: Literal["paper"] | Count = "paper"
     """`paper` (164, 29, 7, 190, 71), or a number of seeds: 0, 1, 2, ..."""
     mode: Literal["faithful", "corrected"] = "corrected"

@@ -325,7 +325,8 @@ def simulate(
     strategy: Annotated[list[str] | None, typer.Option("--strategy", help="Strategy; repeatable.")] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="paper, or a number of seeds.")] = None,
     main_cluster: Annotated[
-        list[int] | None, typer.Option("--main-cluster", help="Main cluster of limited-local; repeatable.")
+        list[int] | None,
+        typer.Option("--main-cluster", help="Main cluster of limited-local, region of rare-positive; repeatable."),
     ] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="faithful or corrected.")] = None,
     flip_rate: Annotated[

@@ -198,7 +198,7 @@ def seeds_of(config: HilConfig) -> tuple[int, ...]:
 
 
 def plan_trials(config: HilConfig, problem: Problem) -> list[Trial]:
-    """All trials of a sweep; `limited-local` has them for each main cluster, and all are there for each share of wrong answers.
+    """All trials of a sweep; `limited-local` and, where main clusters are given, `rare-positive` have them for each, and all are there for each share of wrong answers.
 
     Raises:
         ConfigError: a scenario or strategy is unknown, or a main cluster has no training cell.
@@ -206,14 +206,17 @@ def plan_trials(config: HilConfig, problem: Problem) -> list[Trial]:
     _check_names(config)
     clusters = sorted({int(c) for c in problem.train.clusters} - {BACKGROUND})
     unknown = sorted(set(config.main_clusters) - {*clusters, BACKGROUND})
-    if unknown and "limited-local" in config.scenarios:
+    if unknown and {"limited-local", "rare-positive"} & set(config.scenarios):
         raise ConfigError(
             f"main cluster {unknown[0]} has no labelled training cell: choose among {', '.join(map(str, clusters))}"
         )
+    mains = {
+        "limited-local": config.main_clusters or tuple(clusters),
+        "rare-positive": config.main_clusters or (None,),
+    }
     arms = []
     for scenario in dict.fromkeys(config.scenarios):
-        mains = (config.main_clusters or clusters) if scenario == "limited-local" else (None,)
-        for main in mains:
+        for main in mains.get(scenario, (None,)):
             arms += [(scenario, strategy, main) for strategy in dict.fromkeys(config.strategies)]
     return [
         Trial(*arm, run, seed, flips)

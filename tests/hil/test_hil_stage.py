@@ -141,6 +141,18 @@ def test_plan_trials_limited_local_has_every_main_cluster_but_the_background(mak
     assert {t.main_cluster for t in trials if t.scenario == "limited-global"} == {None}
 
 
+def test_plan_trials_rare_positive_searches_the_given_clusters_and_else_the_weakest(problem: Problem) -> None:
+    config = _config("hil.scenarios=[rare-positive]", "hil.strategies=[random]", "hil.seeds=1")
+    assert [t.main_cluster for t in plan_trials(config.hil, problem)] == [None]
+    given = _config(
+        "hil.scenarios=[rare-positive]", "hil.strategies=[random]", "hil.main_clusters=[1, 3]", "hil.seeds=1"
+    )
+    assert [t.main_cluster for t in plan_trials(given.hil, problem)] == [1, 3]
+    unknown = _config("hil.scenarios=[rare-positive]", "hil.main_clusters=[9]")
+    with pytest.raises(ConfigError, match="main cluster 9"):
+        plan_trials(unknown.hil, problem)
+
+
 def test_plan_trials_has_every_arm_for_every_share_of_wrong_answers(problem: Problem) -> None:
     trials = plan_trials(_config("hil.flip_rates=[0, 0.1, 0.1]").hil, problem)
     assert [(t.strategy, t.flip_rate, t.seed) for t in trials] == [
