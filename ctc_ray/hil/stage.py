@@ -198,7 +198,9 @@ def seeds_of(config: HilConfig) -> tuple[int, ...]:
 
 
 def plan_trials(config: HilConfig, problem: Problem) -> list[Trial]:
-    """All trials of a sweep; `limited-local` and, where main clusters are given, `rare-positive` have them for each, and all are there for each share of wrong answers.
+    """All trials of a sweep, each share of wrong answers having all arms and seeds.
+
+    `limited-local` has its arms for each main cluster; so has `rare-positive`, where main clusters are given.
 
     Raises:
         ConfigError: a scenario or strategy is unknown, or a main cluster has no training cell.
