@@ -91,9 +91,11 @@ def _strategies_as_rows(rows: pl.DataFrame, strategies: list[str], caption: str)
     """A row a strategy and moment; the first loop once where all share it, as arms of the same seeds do."""
     wide = paper_layout(rows)
     clusters = wide["cluster"].unique().sort(nulls_last=False).to_list()
-    texts = {(row["cluster"], row["moment"]): row for row in wide.iter_rows(named=True)}
+    texts = {
+        (row["cluster"], row["moment"], name): row[name] for row in wide.iter_rows(named=True) for name in strategies
+    }
     init, *last = wide["moment"].unique(maintain_order=True).to_list()
-    shared = len({tuple(texts[c, init][name] for c in clusters) for name in strategies}) == 1
+    shared = len({tuple(texts.get((c, init, name)) for c in clusters) for name in strategies}) == 1
     arms = [(f"{init}, all strategies", strategies[0], init)] if shared else []
     for moment in last if shared else (init, *last):
         arms += [(name if shared else f"{name}, {moment}", name, moment) for name in strategies]
@@ -101,7 +103,7 @@ def _strategies_as_rows(rows: pl.DataFrame, strategies: list[str], caption: str)
         caption += f". First row: before the first loop; the others: after {last[-1]}"
     names = [cluster_name(cluster) for cluster in clusters]
     frame = pl.DataFrame(
-        [(head, *(texts[c, moment][name] for c in clusters)) for head, name, moment in arms],
+        [(head, *(texts.get((c, moment, name)) for c in clusters)) for head, name, moment in arms],
         schema=dict.fromkeys(["arm", *names], pl.String()),
         orient="row",
     )
