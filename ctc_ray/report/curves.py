@@ -197,19 +197,26 @@ def figure3_svg(curves: pl.DataFrame, comparison: pl.DataFrame) -> str:
         drawn, top = _setting_block(rows, setting, one_setting(comparison, setting), order, top)
         parts.append(drawn)
     width = _COLUMNS * (_WIDTH + _GAP) + _GAP
-    colours = ";".join(f"--c{n}:{light}" for n, (light, _) in enumerate(CURVE_COLOURS))
-    classes = "".join(f".c{n}{{--colour:var(--c{n})}}" for n in range(len(CURVE_COLOURS)))
-    classes += "".join(f".d{n}{{--dash:{dash}}}" for n, dash in enumerate(_DASHES))
-    style = (
-        f"svg{{--panel:#ffffff;--muted:{_MUTED[0]};{colours}}}{classes}{_ARM_STYLE}.arm.muted{{{_MUTED_STYLE}}}"
-        "text{font-family:Helvetica,Arial,sans-serif;fill:#1d2227;font-size:12px}.tick{font-size:11px}"
-        ".faint{fill:#59626b;font-size:10px}.head{font-size:15px;font-weight:600}.name{font-weight:600}"
-        ".grid{stroke:#dfe2e5}.swatch{stroke:var(--colour);stroke-width:2.2;stroke-dasharray:var(--dash)}"
-    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" viewBox="0 0 {width} {top}" role="img" '
-        f'aria-label="Test F1 by labelling loop, mean and standard deviation over runs"><style>{style}</style>'
+        f'aria-label="Test F1 by labelling loop, mean and standard deviation over runs"><style>{_file_styles()}</style>'
         f'<rect width="{width}" height="{top}" fill="#ffffff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _file_styles() -> str:
+    """Styles of the file in plain colours: not every program that edits SVG knows variables."""
+    rules = [
+        f".c{n} .line,.c{n}.swatch{{stroke:{light}}}.c{n} .band,.c{n} .dot{{fill:{light}}}"
+        for n, (light, _) in enumerate(CURVE_COLOURS)
+    ]
+    rules += [f".d{n} .line,.d{n}.swatch{{stroke-dasharray:{dash}}}" for n, dash in enumerate(_DASHES)]
+    return (
+        ".line{fill:none;stroke-width:2.2}.swatch{stroke-width:2.2}.band{opacity:.15}.dot{stroke:#ffffff}"
+        f"{''.join(rules)}.muted .line{{stroke:{_MUTED[0]};stroke-width:1;stroke-dasharray:none}}"
+        ".muted .band,.muted .dot{display:none}text{font-family:Helvetica,Arial,sans-serif;fill:#1d2227;font-size:12px}"
+        ".tick{font-size:11px}.faint{fill:#59626b;font-size:10px}.head{font-size:15px;font-weight:600}.name{font-weight:600}"
+        ".grid{stroke:#dfe2e5}"
     )
 
 

@@ -20,7 +20,7 @@ from ctc_ray.hil.statistics import FLIP_RATE, paper_order
 from ctc_ray.records import Record, StageResult, damaged_files, read_record
 from ctc_ray.report import simulation_sections
 from ctc_ray.report.curves import figure3_svg
-from ctc_ray.report.markup import Column, Section, card, count, fraction, moment, table, words
+from ctc_ray.report.markup import Column, Section, card, count, fraction, moment, note, table, words
 from ctc_ray.report.page import document
 from ctc_ray.report.simulation_frames import (
     SimulationFrames,
@@ -172,7 +172,8 @@ def summary(frames: SimulationFrames) -> Section:
         versus = "" if best["area_vs_random"] is None else f", {gain} over random"
         detail = f"{best['strategy']}: largest of {defined.height} mean areas under F1 over labels{versus}"
         cards.append(card(fraction(best["area"]), setting_name(setting), detail))
-    return Section("summary", "Summary", f'<dl class="cards">{"".join(cards)}</dl>')
+    text = "The best of many is flattered by chance: judge it by its interval, and by seeds or data that did not choose it."
+    return Section("summary", "Summary", f'<dl class="cards">{"".join(cards)}</dl>{note(text)}')
 
 
 def what_was_run(simulation: Simulation) -> Section:

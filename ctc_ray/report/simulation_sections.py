@@ -163,9 +163,7 @@ def _comparison_table(rows: pl.DataFrame, setting: Setting) -> str:
     caption = f"{setting_name(setting)}: strategies by area{runs}."
     target = rows["reach_f1"].drop_nulls()
     if len(target):
-        caption += (
-            f" Random ends at F1 {fraction(target[0])}: runs that reach it, and the median number of labels for it."
-        )
+        caption += f" Random ends at F1 {fraction(target[0])}: runs that reach it, and the labels for it, those at the start included."
     if rows["minutes_area"].null_count() < rows.height and not _minutes_differ(rows):
         caption += " Every label costs the same time, so that the area over minutes is that over labels."
     html = table(written, columns, caption, dense=True)

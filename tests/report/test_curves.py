@@ -106,7 +106,7 @@ def test_figure3_is_one_svg_file_with_every_panel_and_strategy(simulated: Any) -
     text = figure3_svg(frames.curves, frames.comparison)
     root = ElementTree.fromstring(text)
     assert root.tag == f"{SVG}svg"
-    assert "var(--" not in re.sub(r"<style>.*?</style>", "", text)
+    assert "var(" not in text  # some programs that edit SVG know no variables
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
     panels = root.findall(f"{SVG}svg")
     assert len(panels) == 2 * 4
