@@ -234,6 +234,8 @@ def test_areas_over_minutes_of_another_simulation_are_refused() -> None:
     results, effort = simulated({"margin": [curve, curve]})
     with pytest.raises(SchemaError, match="margin, seed 20, loop 0"):
         areas_over_minutes(results, effort.filter(pl.col("seed") == 10))
+    with pytest.raises(SchemaError, match="several rows for one of"):
+        areas_over_minutes(results, pl.concat([effort.with_columns(flip_rate=rate) for rate in (0.0, 0.1)]))
     with pytest.raises(SchemaError, match="lacks the columns minutes"):
         areas_over_minutes(results, effort.drop("minutes"))
     with pytest.raises(SchemaError, match="lacks the columns flip_rate"):
