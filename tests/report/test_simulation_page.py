@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,6 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from rich.console import Console
 
 from ctc_ray.cli import main
 from ctc_ray.cohort import Cohort
@@ -26,6 +30,7 @@ from ctc_ray.records import Record, publish, read_record, write_record
 from ctc_ray.report.simulation_frames import comparison_frame, one_setting, setting_name, settings_of, simulation_frames
 from ctc_ray.report.simulation_page import read_simulation, run_simulation_report
 from ctc_ray.report.stage import run_report
+from ctc_ray.report.terminal import print_summary
 from ctc_ray.storage import Store
 
 Write = Callable[..., Any]
@@ -71,6 +76,18 @@ class _Page(HTMLParser):
 def mean_and_sd(values: pl.Series) -> str:
     numbers = values.to_numpy()
     return f"{np.mean(numbers):.3f} ± {np.std(numbers, ddof=1):.3f}"
+
+
+def _s3_server() -> ModuleType:
+    """The module `tests/s3_server.py`."""
+    name = "s3_server"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def page_of(place: Path) -> str:
@@ -361,3 +378,34 @@ def test_report_of_a_cohort_shows_the_same_sections(write_simulation: Write, tmp
     saved = cohort.store.read_bytes(f"{cohort.report('report')}/frames/comparison.csv")
     expected = comparison_frame(made.results, made.effort)
     assert_frame_equal(pl.read_csv(io.BytesIO(saved), schema_overrides=expected.schema), expected)
+
+
+def test_page_of_a_simulation_in_object_storage_is_written_there_without_secrets(simulated: Any) -> None:
+    pytest.importorskip("moto.server", reason="the S3 server comes with the test extra")
+    names = _s3_server()
+    with names.serving() as server:
+        whole = Store(server.uri("study", credentials=True))
+        for name in ("results.parquet", "effort.parquet", "release_checks.json", "_record.json"):
+            whole.write_bytes(f"run/{name}", (simulated.place / name).read_bytes())
+        result = run_simulation_report(server.uri("study/run", credentials=True))
+        page = whole.read_bytes("run/report.html").decode()
+        written = server.object_names()
+    assert {f"study/run/{name}" for name in ("report.html", "table1.csv", "comparison.csv", "figure3.svg")} <= written
+    assert result.paths[0] == "s3://bucket/study/run/report.html"
+    assert "s3://bucket/study/run" in page
+    assert names.SECRET not in page
+
+
+def test_print_summary_of_a_sweep_over_flip_rates_keeps_to_the_least(write_simulation: Write, tmp_path: Path) -> None:
+    cohort = Cohort.open(str(tmp_path / "cohort"), create=True)
+    cohort.add_patients({"007": "y"})
+    place = tmp_path / "cohort" / cohort.simulation(RunConfig().hil.name)
+    made = write_simulation(place, num_seeds=2, rates=(0.0, 0.1), strategies=("random", "margin"))
+    sink = io.StringIO()
+    print_summary(cohort, RunConfig(), console=Console(file=sink, width=120))
+    lines = [line for line in sink.getvalue().splitlines() if "wrong answers" in line]
+    ends = first_and_last(made.results).filter(pl.col("cluster").is_null() & (pl.col("flip_rate") == 0.0))
+    margin = ends.filter(pl.col("strategy") == "margin").sort("loop")["mean_f1"]
+    assert len(lines) == 2
+    assert lines[0].startswith("limited-global, 0 % wrong answers: margin")
+    assert lines[0].split()[-3:] == [f"{margin[0]:.3f}", f"{margin[-1]:.3f}", "400"]
