@@ -207,8 +207,7 @@ def _entries(simulation: Simulation) -> list[tuple[str, str]]:
     if "rare-positive" in scenarios:
         hidden = f"{percent(setting('held_back'))} of the training cells hidden"
         entries.append(("Search", f"{hidden}, {setting('budget_s'):g} s of the expert a loop (rare-positive)"))
-    rates = results[FLIP_RATE].unique().sort().to_list() if FLIP_RATE in results.columns else [setting("flip_rate")]
-    entries.append(("Wrong answers", ", ".join(percent(rate) for rate in rates)))
+    entries.append(("Wrong answers", ", ".join(percent(rate) for rate in _flip_rates(simulation))))
     entries.append(("A look at a cell", f"{setting('seconds_per_cell'):g} s"))
     counts = record.counts
     entries.append(
@@ -218,10 +217,20 @@ def _entries(simulation: Simulation) -> list[tuple[str, str]]:
     return entries
 
 
+def _flip_rates(simulation: Simulation) -> list[float]:
+    """Shares of wrong answers: of the rows, or of the settings where all rows have one."""
+    if FLIP_RATE in simulation.results.columns:
+        return simulation.results[FLIP_RATE].unique().sort().to_list()
+    config = simulation.record.config
+    return list(config.get("flip_rates") or [config.get("flip_rate", 0.0)])
+
+
 def _seeds(seeds: list[int]) -> str:
-    if len(seeds) <= _MAX_SEEDS_NAMED:
-        return f"{len(seeds)}: {', '.join(map(str, seeds))}"
-    return f"{len(seeds)}: {seeds[0]} to {seeds[-1]}"
+    """`20: 0 to 19`, or the first of those that do not follow each other."""
+    if len(seeds) > _MAX_SEEDS_NAMED and seeds[-1] - seeds[0] == len(seeds) - 1:
+        return f"{len(seeds)}: {seeds[0]} to {seeds[-1]}"
+    named = ", ".join(map(str, seeds[:_MAX_SEEDS_NAMED]))
+    return f"{len(seeds)}: {named}{', …' if len(seeds) > _MAX_SEEDS_NAMED else ''}"
 
 
 def _release(checks: ReleaseChecks | None) -> str:

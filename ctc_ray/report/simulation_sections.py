@@ -34,10 +34,11 @@ def learning_curves(frames: SimulationFrames | None, command: str) -> Section:
     if frames is None or frames.curves.is_empty():
         return Section("strategies", title, missing("Simulation", command))
     order = paper_order(frames.curves["strategy"].unique())
-    runs = count(frames.curves["num_runs"].max())
+    runs = frames.comparison["num_runs"]
+    number = f"{'' if runs.n_unique() == 1 else 'up to '}{plural(runs.max(), 'run')}"
     parts = [
         note(
-            f"F1 of the test set after each loop of labelling: mean and standard deviation of {runs} runs. Below each loop stands the "
+            f"F1 of the test set after each loop of labelling: mean and standard deviation of {number}. Below each loop stands the "
             "number of labels. The scale differs between panels."
         )
     ]
@@ -131,13 +132,21 @@ def comparison(frames: SimulationFrames | None, command: str) -> Section:
 
 
 def _seeds_note(rows: pl.DataFrame) -> str:
-    fewest = int(rows["num_runs"].to_numpy().min())
+    runs = rows["num_runs"].to_numpy()
+    fewest, most = int(runs.min()), int(runs.max())
+    html = ""
+    if fewest < most:
+        html = note(
+            "Some strategies have fewer runs: their means are of fewer seeds, while differences are taken over the seeds of both."
+        )
     if fewest >= SEEDS_NEEDED:
-        return ""
-    least_p = f" With {fewest} pairs no p value can be below {2 / 2**fewest:.3g}." if fewest > 1 else ""
-    return (
-        f'<p class="missing">Intervals and tests are from {fewest} {"seed" if fewest == 1 else "seeds"}; {SEEDS_NEEDED} or more are '
-        f"needed for a comparison.{least_p} <code>--seeds {SEEDS_NEEDED}</code></p>"
+        return html
+    least = 2 / 2**fewest
+    least_p = f" With {fewest} pairs no p value can be below {least:.3g}." if fewest > 1 and least > 0.01 else ""
+    seeds = plural(fewest, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    return html + (
+        f'<p class="missing">Intervals and tests are from {seeds}; {SEEDS_NEEDED} or more are needed for a comparison.{least_p} '
+        f"<code>--seeds {SEEDS_NEEDED}</code></p>"
     )
 
 

@@ -236,6 +236,45 @@ def test_page_without_effort_or_baselines_shows_what_is_known(tmp_path: Path, wr
     assert saved["minutes_area"].null_count() == saved.height == 1
 
 
+@pytest.mark.parametrize(
+    ("num_seeds", "said", "unsaid"),
+    [
+        (5, "20 or more are needed for a comparison. With 5 pairs no p value can be below 0.0625.", "from 5 seed;"),
+        (9, "are from 9 seeds; 20 or more are needed for a comparison. <code>", "no p value"),
+        (20, "20: 101 to 120", "or more are needed"),
+    ],
+)
+def test_page_says_how_many_seeds_there_are_and_what_few_of_them_cannot_show(
+    write_simulation: Write, tmp_path: Path, num_seeds: int, said: str, unsaid: str
+) -> None:
+    made = write_simulation(tmp_path / "run", num_seeds=num_seeds, strategies=("random", "margin"))
+    run_simulation_report(str(made.place))
+    html = page_of(made.place)
+    assert said in html
+    assert unsaid not in html
+
+
+def test_page_of_arms_with_fewer_runs_says_so_and_counts_their_pairs(simulated: Any, tmp_path: Path) -> None:
+    given_up = (pl.col("strategy") != "margin") | (pl.col("run") <= 12)
+    store = Store(tmp_path)
+    tables = {
+        "results.parquet": simulated.results.filter(given_up).to_arrow(),
+        "effort.parquet": simulated.effort.filter(given_up).to_arrow(),
+    }
+    publish(store, "run", tables, Record("simulate", "paper", "sim-3", {"flip_rates": [0.05]}, {}))
+    run_simulation_report(str(tmp_path / "run"))
+    html = page_of(tmp_path / "run")
+    page = _Page(html)
+    assert "Some strategies have fewer runs" in html
+    assert "from 12 to 20 seeds; 20 or more are needed" in html
+    assert "<dd>5 %</dd>" in html
+    assert "of up to 20 runs" in html
+    runs = {row[0]: row[1] for row in page.rows if len(row) == 11}
+    assert (runs["margin"], runs["entropy"]) == ("12", "20")
+    entropy = next(row for row in page.rows if row[0] == "entropy" and len(row) == 11)
+    assert "pairs" not in "".join(entropy)
+
+
 def test_comparison_frame_of_a_strategy_run_with_fewer_seeds_says_how_many_pairs(simulated: Any) -> None:
     own = simulated.results.filter(pl.col("scenario") == "limited-global")
     fewer = own.filter((pl.col("strategy") != "margin") | (pl.col("run") <= 12))
