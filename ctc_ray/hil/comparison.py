@@ -41,7 +41,26 @@ def areas(results: pl.DataFrame) -> pl.DataFrame:
         SchemaError: a column is missing.
     """
     require_columns(results)
-    return _mean_heights(_total(results).with_columns(pl.col("num_train").cast(pl.Float64).alias("at")))
+    return _mean_heights(_labelled(results))
+
+
+def shared_labels(results: pl.DataFrame) -> pl.DataFrame:
+    """The labels over which `areas` judges the arms of each setting and seed.
+
+    Args:
+        results: rows of `results.parquet`.
+
+    Returns:
+        Columns scenario, main_cluster, flip_rate (where the results have it), seed, `low` and `high` (labels; null where no arm has
+        a new label). Sorted.
+
+    Raises:
+        SchemaError: a column is missing.
+    """
+    require_columns(results)
+    keys = [*setting_keys(results), "seed"]
+    spans = _spanned(_labelled(results)).select(*keys, "low", "high")
+    return spans.unique().sort(keys)
 
 
 def areas_over_minutes(results: pl.DataFrame, effort: pl.DataFrame) -> pl.DataFrame:
@@ -89,6 +108,11 @@ def _total(results: pl.DataFrame) -> pl.DataFrame:
     return results.filter((pl.col("split") == "test") & pl.col("cluster").is_null())
 
 
+def _labelled(results: pl.DataFrame) -> pl.DataFrame:
+    """The same, with the number of labels as `at`."""
+    return _total(results).with_columns(pl.col("num_train").cast(pl.Float64).alias("at"))
+
+
 def _curves(points: pl.DataFrame) -> pl.DataFrame:
     """One row a run: lists `at` and `f1` of its loops in order, those without an F1 left out."""
     keys = run_keys(points)
@@ -97,13 +121,18 @@ def _curves(points: pl.DataFrame) -> pl.DataFrame:
     return lists.sort(keys)
 
 
-def _mean_heights(points: pl.DataFrame) -> pl.DataFrame:
-    """Mean height of F1 over `at` for each run, on the span that the arms of a setting and seed share."""
+def _spanned(points: pl.DataFrame) -> pl.DataFrame:
+    """Rows of `_curves` with `low` and `high`: the span that the arms of a setting and seed share; null where none grows."""
     first, last, shared = pl.col("at").list.first(), pl.col("at").list.last(), [*setting_keys(points), "seed"]
     curves = _curves(points).with_columns(grows=(last > first).fill_null(value=False))
-    curves = curves.with_columns(
+    return curves.with_columns(
         low=pl.when("grows").then(first).max().over(shared), high=pl.when("grows").then(last).min().over(shared)
     )
+
+
+def _mean_heights(points: pl.DataFrame) -> pl.DataFrame:
+    """Mean height of F1 over `at` for each run, on the span that the arms of a setting and seed share."""
+    curves = _spanned(points)
     values = [
         mean_height(np.array(at), np.array(f1), low, high) if grows and low < high else None
         for at, f1, grows, low, high in curves.select("at", "f1", "grows", "low", "high").iter_rows()

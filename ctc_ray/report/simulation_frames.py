@@ -15,6 +15,7 @@ from ctc_ray.hil.comparison import (
     final_scores,
     labels_to_reach,
     reach_summary,
+    shared_labels,
     worst_clusters,
 )
 from ctc_ray.hil.statistics import FLIP_RATE, arm_keys, first_and_last, run_keys, setting_keys, summarise
@@ -63,11 +64,12 @@ def comparison_frame(results: pl.DataFrame, effort: pl.DataFrame | None) -> pl.D
         effort: rows of `effort.parquet`; None leaves the columns of minutes null.
 
     Returns:
-        Columns of the arm (`arm_keys`), num_runs; mean and sd (`_sd`) of `area` (mean height of test F1 over labels), `final_f1`,
-        `worst_cluster_f1` and `minutes_area`; `reach_f1` (mean F1 of random after its last loop), num_reached, median_labels;
-        and for each of `area_vs_random`, `area_vs_cluster_f1`, `minutes_area_vs_random`: the mean difference under that name, and
-        `_low`, `_high` (95 % interval), `_p_holm`, `_num_pairs`. Null where undefined, or where the baseline was not run. The
-        settings in order, the largest area first.
+        Columns of the arm (`arm_keys`), num_runs; shared_labels (how many labels the areas of the setting span, median over seeds);
+        mean and sd (`_sd`) of `area` (mean height of test F1 over labels), `final_f1`, `worst_cluster_f1` and `minutes_area`;
+        `reach_f1` (mean F1 of random after its last loop), num_reached, median_labels; and for each of `area_vs_random`,
+        `area_vs_cluster_f1`, `minutes_area_vs_random`: the mean difference under that name, and `_low`, `_high` (95 % interval),
+        `_p_holm`, `_num_pairs`. Null where undefined, or where the baseline was not run. The settings in order, the largest area
+        first.
 
     Raises:
         SchemaError: a column is missing, or the two frames are of different simulations.
@@ -84,6 +86,12 @@ def comparison_frame(results: pl.DataFrame, effort: pl.DataFrame | None) -> pl.D
         "worst_cluster_f1": worst_clusters(results),
         "minutes_area": over_minutes,
     }
+    spans = (
+        shared_labels(results)
+        .group_by(setting_keys(results))
+        .agg(shared_labels=(pl.col("high") - pl.col("low")).median())
+    )
+    table = table.join(spans, on=setting_keys(results), how="left", nulls_equal=True)
     parts = [_mean_and_sd(figure, name) for name, figure in figures.items()]
     parts.append(_reached(results, figures["final_f1"]))
     parts += [_differences(over_labels, baseline, f"area_vs_{baseline.replace('-', '_')}") for baseline in BASELINES]

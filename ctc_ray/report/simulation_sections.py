@@ -169,7 +169,9 @@ def _comparison_table(rows: pl.DataFrame, setting: Setting) -> str:
         Column("median_labels", "Labels for it", _rounded),
     ]
     runs = "" if differ else f", {plural(rows['num_runs'][0], 'run')} each"
-    caption = f"{setting_name(setting)}: strategies by area{runs}."
+    span = rows["shared_labels"][0]
+    over = "" if span is None else f" over the {plural(round(span), 'label')} that the arms of a seed share"
+    caption = f"{setting_name(setting)}: strategies by area{over}{runs}."
     target = rows["reach_f1"].drop_nulls()
     if len(target):
         caption += f" Random ends at F1 {fraction(target[0])}: runs that reach it, and the labels for it, those at the start included."
