@@ -196,6 +196,22 @@ def similar(
     print_neighbours(found, as_json=as_json)
 
 
+@app.command("simulation-report")
+def simulation_report(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLACE", help="Folder or URI of a simulation: COHORT/simulations/NAME, or the --out of a release."
+        ),
+    ],
+    out: Annotated[str | None, typer.Option("--out", help="HTML file to write; PLACE/report.html by default.")] = None,
+) -> None:
+    """Write the page of a simulation: learning curves, Table 1, which strategy is better and by how much."""
+    from ctc_ray.report.simulation_page import run_simulation_report
+
+    print_result(run_simulation_report(place, out))
+
+
 def parse_clusters(text: str | None) -> list[int] | None:
     """Cluster numbers from `0,3`; None where none are given.
 

@@ -41,7 +41,26 @@ def areas(results: pl.DataFrame) -> pl.DataFrame:
         SchemaError: a column is missing.
     """
     require_columns(results)
-    return _mean_heights(_total(results).with_columns(pl.col("num_train").cast(pl.Float64).alias("at")))
+    return _mean_heights(_labelled(results))
+
+
+def shared_labels(results: pl.DataFrame) -> pl.DataFrame:
+    """The labels over which `areas` judges the arms of each setting and seed.
+
+    Args:
+        results: rows of `results.parquet`.
+
+    Returns:
+        Columns scenario, main_cluster, flip_rate (where the results have it), seed, `low` and `high` (labels; null where no arm has
+        a new label). Sorted.
+
+    Raises:
+        SchemaError: a column is missing.
+    """
+    require_columns(results)
+    keys = [*setting_keys(results), "seed"]
+    spans = _spanned(_labelled(results)).select(*keys, "low", "high")
+    return spans.unique().sort(keys)
 
 
 def areas_over_minutes(results: pl.DataFrame, effort: pl.DataFrame) -> pl.DataFrame:
@@ -58,7 +77,7 @@ def areas_over_minutes(results: pl.DataFrame, effort: pl.DataFrame) -> pl.DataFr
         A frame of figures (0 to 1).
 
     Raises:
-        SchemaError: a column is missing, or a loop of the results has no row in `effort`.
+        SchemaError: a column is missing, or a loop of the results has no row in `effort`, or several.
     """
     require_columns(results)
     keys = [*run_keys(results), "loop"]
@@ -68,7 +87,13 @@ def areas_over_minutes(results: pl.DataFrame, effort: pl.DataFrame) -> pl.DataFr
             f"the effort of a simulation lacks the columns {', '.join(missing)}: run `ctc-ray simulate` again"
         )
     minutes = effort.select(*keys, pl.col("minutes").alias("at"))
-    curves = _total(results).join(minutes, on=keys, how="left", nulls_equal=True)
+    total = _total(results)
+    curves = total.join(minutes, on=keys, how="left", nulls_equal=True)
+    if curves.height != total.height:
+        raise SchemaError(
+            f"effort has several rows for one of {', '.join(keys)}: results and effort are of different simulations, run "
+            "`ctc-ray simulate` again"
+        )
     if curves["at"].null_count():
         row = curves.filter(pl.col("at").is_null()).row(0, named=True)
         raise SchemaError(
@@ -83,20 +108,36 @@ def _total(results: pl.DataFrame) -> pl.DataFrame:
     return results.filter((pl.col("split") == "test") & pl.col("cluster").is_null())
 
 
-def _mean_heights(curves: pl.DataFrame) -> pl.DataFrame:
+def _labelled(results: pl.DataFrame) -> pl.DataFrame:
+    """The same, with the number of labels as `at`."""
+    return _total(results).with_columns(pl.col("num_train").cast(pl.Float64).alias("at"))
+
+
+def _curves(points: pl.DataFrame) -> pl.DataFrame:
+    """One row a run: lists `at` and `f1` of its loops in order, those without an F1 left out."""
+    keys = run_keys(points)
+    defined = pl.col("f1").is_not_null()
+    lists = points.sort("loop").group_by(keys).agg(pl.col("at").filter(defined), pl.col("f1").filter(defined))
+    return lists.sort(keys)
+
+
+def _spanned(points: pl.DataFrame) -> pl.DataFrame:
+    """Rows of `_curves` with `low` and `high`: the span that the arms of a setting and seed share; null where none grows."""
+    first, last, shared = pl.col("at").list.first(), pl.col("at").list.last(), [*setting_keys(points), "seed"]
+    curves = _curves(points).with_columns(grows=(last > first).fill_null(value=False))
+    return curves.with_columns(
+        low=pl.when("grows").then(first).max().over(shared), high=pl.when("grows").then(last).min().over(shared)
+    )
+
+
+def _mean_heights(points: pl.DataFrame) -> pl.DataFrame:
     """Mean height of F1 over `at` for each run, on the span that the arms of a setting and seed share."""
-    keys = run_keys(curves)
-    rows = []
-    for _, arms in curves.sort("loop").group_by([*setting_keys(curves), "seed"], maintain_order=True):
-        runs = {key: run.drop_nulls("f1") for key, run in arms.group_by(keys, maintain_order=True)}
-        points = {key: (run["at"].to_numpy(), run["f1"].to_numpy()) for key, run in runs.items()}
-        growing = [at for at, _ in points.values() if len(at) and at[-1] > at[0]]
-        low, high = max((at[0] for at in growing), default=0.0), min((at[-1] for at in growing), default=0.0)
-        for key, (at, f1) in points.items():
-            has_area = low < high and len(at) > 0 and at[-1] > at[0]
-            rows.append((*key, mean_height(at, f1, low, high) if has_area else None))
-    schema = {name: curves.schema[name] for name in keys} | {"value": pl.Float64()}
-    return pl.DataFrame(rows, schema=schema, orient="row").sort(keys)
+    curves = _spanned(points)
+    values = [
+        mean_height(np.array(at), np.array(f1), low, high) if grows and low < high else None
+        for at, f1, grows, low, high in curves.select("at", "f1", "grows", "low", "high").iter_rows()
+    ]
+    return curves.select(*run_keys(points), pl.Series("value", values, pl.Float64))
 
 
 def mean_height(at: Floats, f1: Floats, low: float, high: float) -> float:
@@ -148,13 +189,9 @@ def labels_to_reach(results: pl.DataFrame, f1: float) -> pl.DataFrame:
         there).
     """
     require_columns(results)
-    keys = run_keys(results)
-    rows = []
-    for key, group in _total(results).sort("loop").group_by(keys, maintain_order=True):
-        defined = group.drop_nulls("f1")
-        rows.append((*key, _first_crossing(defined["num_train"].to_numpy(), defined["f1"].to_numpy(), f1)))
-    schema = {name: results.schema[name] for name in keys} | {"value": pl.Float64()}
-    return pl.DataFrame(rows, schema=schema, orient="row").sort(keys)
+    curves = _curves(_total(results).with_columns(pl.col("num_train").alias("at")))
+    values = [_first_crossing(np.array(at), np.array(found), f1) for at, found in curves.select("at", "f1").iter_rows()]
+    return curves.select(*run_keys(results), pl.Series("value", values, pl.Float64))
 
 
 def reach_summary(reached: pl.DataFrame) -> pl.DataFrame:

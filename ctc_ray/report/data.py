@@ -10,6 +10,7 @@ import polars as pl
 
 from ctc_ray.config import RunConfig
 from ctc_ray.report.agreement import MapAgreement
+from ctc_ray.report.simulation_frames import SimulationFrames
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class ReportData:
         clusters: `frames.cluster_frame`.
         examples: cells of each cluster to show: cluster, rank, cell_id, patient, role, label, probability.
         agreement: how the clusters agree with another map's; the page says nothing where no other was compared.
-        hil: `frames.hil_frame`.
-        table1: `frames.table1_frame`.
+        simulation: curves, Table 1 and comparison of the simulation.
         ppv: PPV table of `compare`, the last row the total.
         sensitivity: sensitivity table of `compare`.
         candidates: `frames.candidates_frame`.
@@ -51,8 +51,7 @@ class ReportData:
     clusters: pl.DataFrame | None = None
     examples: pl.DataFrame | None = None
     agreement: MapAgreement | None = None
-    hil: pl.DataFrame | None = None
-    table1: pl.DataFrame | None = None
+    simulation: SimulationFrames | None = None
     ppv: pl.DataFrame | None = None
     sensitivity: pl.DataFrame | None = None
     candidates: pl.DataFrame | None = None
@@ -74,8 +73,9 @@ class ReportData:
             "cluster_examples": self.examples,
             "map_agreement": None if self.agreement is None else self.agreement.shared,
             "map_agreement_cells": None if self.agreement is None else self.agreement.cells,
-            "hil_f1": self.hil,
-            "table1": self.table1,
+            "hil_f1": None if self.simulation is None else self.simulation.curves,
+            "table1": None if self.simulation is None else self.simulation.table1,
+            "comparison": None if self.simulation is None else self.simulation.comparison,
             "table2": self.ppv,
             "sensitivity": self.sensitivity,
             "candidates": self.candidates,

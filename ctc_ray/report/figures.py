@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -136,68 +135,3 @@ def script_json(value: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def f1_panel(frame: pl.DataFrame, title: str, strategies: Sequence[str]) -> str:
-    """Draw mean F1 and its sd band against the loop, one line a strategy, as an SVG that follows the page's colours.
-
-    Args:
-        frame: rows of one cluster: strategy, loop, num_train, mean_f1, sd_f1, num_runs.
-        title: the panel's title.
-        strategies: order, and so colour and dash, of the lines.
-
-    Source: paper, Figure 3 (mean and standard deviation over five runs).
-    """
-    width, height, left, right, top, bottom = 340, 230, 40, 12, 12, 40
-    ticks = frame.group_by("loop").agg(pl.col("num_train").median()).sort("loop")
-    loops = ticks["loop"].to_list() or [0]
-    low, high = _f1_range(frame)
-
-    def x(loop: float) -> float:
-        return float(left + (width - left - right) * (loop - loops[0]) / max(loops[-1] - loops[0], 1))
-
-    def y(value: float) -> float:
-        return float(top + (height - top - bottom) * (high - value) / (high - low))
-
-    parts = [
-        f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
-        f'<text class="tick" x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.1f}</text>'
-        for v in np.arange(low, high + 0.05, 0.2 if high - low > 0.45 else 0.1)
-    ]
-    for loop, num_train in ticks.select("loop", "num_train").iter_rows():
-        name = "init" if loop == 0 else f"{loop}"
-        parts.append(
-            f'<text class="tick" x="{x(loop):.1f}" y="{height - 22}" text-anchor="middle">{name}</text>'
-            f'<text class="tick faint" x="{x(loop):.1f}" y="{height - 7}" text-anchor="middle">{num_train:.0f}</text>'
-        )
-    for number, strategy in enumerate(strategies):
-        line = frame.filter((pl.col("strategy") == strategy) & pl.col("mean_f1").is_not_null()).sort("loop")
-        parts.append(_strategy_line(line, number, x, y))
-    label = f"{title}: test F1 by labelling loop, mean and standard deviation for {', '.join(strategies)}"
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
-
-
-def _f1_range(frame: pl.DataFrame) -> tuple[float, float]:
-    spread = frame.drop_nulls("mean_f1").with_columns(pl.col("sd_f1").fill_null(0.0))
-    if spread.is_empty():
-        return 0.0, 1.0
-    lowest = float(np.min(spread["mean_f1"].to_numpy() - spread["sd_f1"].to_numpy()))
-    return max(0.0, min(0.8, float(np.floor(lowest * 5) / 5))), 1.0
-
-
-def _strategy_line(line: pl.DataFrame, number: int, x: Any, y: Any) -> str:
-    if line.is_empty():
-        return ""
-    rows = list(line.select("loop", "mean_f1", pl.col("sd_f1").fill_null(0.0), "num_runs").iter_rows())
-    over = [f"{x(loop):.1f},{y(min(mean + sd, 1.0)):.1f}" for loop, mean, sd, _ in rows]
-    under = [f"{x(loop):.1f},{y(max(mean - sd, 0.0)):.1f}" for loop, mean, sd, _ in reversed(rows)]
-    path = " ".join(f"{x(loop):.1f},{y(mean):.1f}" for loop, mean, _, _ in rows)
-    dots = "".join(
-        f'<circle class="dot s{number % 6}" cx="{x(loop):.1f}" cy="{y(mean):.1f}" r="3">'
-        f"<title>loop {loop}: {mean:.3f} ± {sd:.3f} ({runs} runs)</title></circle>"
-        for loop, mean, sd, runs in rows
-    )
-    return (
-        f'<polygon class="band s{number % 6}" points="{" ".join(over + under)}"/>'
-        f'<polyline class="line s{number % 6}" points="{path}"/>{dots}'
-    )

@@ -13,9 +13,9 @@ import polars as pl
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig
 from ctc_ray.detect.stage import detected_patients, patient_folder, table_frame
-from ctc_ray.hil.statistics import summarise
-from ctc_ray.hil.statistics import table1 as table1_of
+from ctc_ray.hil.stage import EFFORT, RESULTS
 from ctc_ray.records import Record, read_failures, read_record
+from ctc_ray.report.simulation_frames import SimulationFrames, simulation_frames
 
 RAW_PIXELS = "raw_pixels"
 """Folder of the baseline classifier below `classifiers/`."""
@@ -168,14 +168,11 @@ def cluster_frame(sizes: pl.DataFrame | None, metrics: pl.DataFrame | None) -> p
     )
 
 
-def hil_frame(results: pl.DataFrame | None) -> pl.DataFrame | None:
-    """Mean and sd of the test F1 per strategy, cluster and loop (the paper's Figure 3)."""
-    return None if results is None else summarise(results).filter(pl.col("split") == "test")
-
-
-def table1_frame(results: pl.DataFrame | None) -> pl.DataFrame | None:
-    """The paper's Table 1: first and last loop per cluster and strategy."""
-    return None if results is None else table1_of(results)
+def simulation_of(cohort: Cohort, config: RunConfig) -> SimulationFrames | None:
+    """What the simulation of the cohort says."""
+    folder = cohort.simulation(config.hil.name)
+    results = read_output(cohort, folder, RESULTS)
+    return None if results is None else simulation_frames(results, read_output(cohort, folder, EFFORT))
 
 
 def candidates_frame(cohort: Cohort, config: RunConfig) -> pl.DataFrame | None:

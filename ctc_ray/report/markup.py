@@ -58,7 +58,9 @@ def words(value: str | None) -> str:
     return "–" if value is None else str(value)
 
 
-def table(frame: pl.DataFrame, columns: Sequence[Column], caption: str, *, total_last: bool = False) -> str:
+def table(
+    frame: pl.DataFrame, columns: Sequence[Column], caption: str, *, total_last: bool = False, dense: bool = False
+) -> str:
     """Lay a frame out as a table; the first column heads its rows.
 
     Args:
@@ -66,6 +68,7 @@ def table(frame: pl.DataFrame, columns: Sequence[Column], caption: str, *, total
         columns: which of its columns, in order.
         caption: what the table shows.
         total_last: whether the last row is a sum.
+        dense: whether many columns stand close together, and the first stays in sight when the others scroll.
     """
     heads = "".join(f'<th scope="col"{_number(c)}>{escape(c.heading)}</th>' for c in columns)
     rows = []
@@ -80,8 +83,8 @@ def table(frame: pl.DataFrame, columns: Sequence[Column], caption: str, *, total
         opening = '<tr class="total">' if is_total else "<tr>"
         rows.append(f"{opening}{''.join(cells)}</tr>")
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}'
-        f"</caption><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="scroll{" dense" if dense else ""}" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f"<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -12,6 +12,7 @@ from ctc_ray.report.markup import Section
 GLOSSARY = {
     "AP@0.5": "Average precision of segmentation: true positives over the sum of true positives, false ones and misses, where an "
     "instance counts as found if it covers the true one with an intersection over union of at least 0.5.",
+    "Area": "Mean height of the curve of test F1 over labels (or over the expert's minutes): how good a strategy is along the way.",
     "Background": "Cells of the latent map that belong to no cluster.",
     "Candidate": "A physical cell whose probability of being a CTC reaches the threshold; the expert reviews it.",
     "CD45": "Marker of leukocytes; absent on CTCs.",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
 
 from ctc_ray.records import digest_of
-from ctc_ray.report import agreement, galleries, methods, sections
+from ctc_ray.report import agreement, galleries, methods, sections, simulation_sections
+from ctc_ray.report.curves import curve_styles
 from ctc_ray.report.data import ReportData
 from ctc_ray.report.figures import map_payload
 from ctc_ray.report.markup import Section
@@ -21,6 +23,7 @@ _POLICY = (
 
 def build_sections(data: ReportData) -> list[Section]:
     """All sections in the order in which an expert reads."""
+    simulate = f"ctc-ray simulate {data.cohort_uri}"
     return [
         sections.headline(data),
         sections.flow(data),
@@ -28,8 +31,9 @@ def build_sections(data: ReportData) -> list[Section]:
         *([] if data.agreement is None else [agreement.map_agreement(data.agreement)]),
         galleries.cluster_gallery(data),
         sections.clusters(data),
-        sections.learning_curves(data),
-        sections.table1(data),
+        simulation_sections.learning_curves(data.simulation, simulate),
+        simulation_sections.table1(data.simulation, simulate),
+        simulation_sections.comparison(data.simulation, simulate),
         sections.table2(data),
         galleries.candidates(data),
         galleries.only_one_system(data),
@@ -41,22 +45,33 @@ def build_sections(data: ReportData) -> list[Section]:
 
 def render_page(data: ReportData) -> str:
     """Write the page."""
-    parts = build_sections(data)
+    return document(data.config.report.title, data.cohort_uri, build_sections(data), _scripts(data))
+
+
+def document(title: str, source: str, parts: Sequence[Section], scripts: str = "") -> str:
+    """One HTML document in the style of all pages.
+
+    Args:
+        title: heading and title of the page.
+        source: what it is about: a path or URI.
+        parts: sections in order.
+        scripts: script elements, already escaped.
+    """
     links = "".join(f'<li><a href="#{part.anchor}">{escape(part.title)}</a></li>' for part in parts)
     body = "".join(
         f'<section id="{part.anchor}" aria-labelledby="{part.anchor}-title"><h2 id="{part.anchor}-title">{escape(part.title)}</h2>'
         f"{part.html}</section>"
         for part in parts
     )
-    title = escape(data.config.report.title)
+    name = escape(title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f'<title>{title}</title><link rel="icon" href="data:,"><style>{_resource("page.css")}</style></head><body>'
-        f'<a class="skip" href="#content">Skip to the report</a><header><h1>{title}</h1>'
-        f"<p>{escape(data.cohort_uri)}</p>"
-        f'<nav aria-label="Sections"><ol>{links}</ol></nav></header><main id="content">{body}</main>{_scripts(data)}</body></html>\n'
+        f'<title>{name}</title><link rel="icon" href="data:,"><style>{_resource("page.css")}{curve_styles()}</style></head><body>'
+        f'<a class="skip" href="#content">Skip to the report</a><header><h1>{name}</h1>'
+        f"<p>{escape(source)}</p>"
+        f'<nav aria-label="Sections"><ol>{links}</ol></nav></header><main id="content">{body}</main>{scripts}</body></html>\n'
     )
 
 
@@ -73,7 +88,7 @@ def _scripts(data: ReportData) -> str:
 
 def page_resources_digest() -> str:
     """Digest of the page's style and script: a new version of them writes reports again."""
-    return digest_of([_resource("page.css"), _resource("map.js")])
+    return digest_of([_resource("page.css"), curve_styles(), _resource("map.js")])
 
 
 @cache

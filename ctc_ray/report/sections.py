@@ -1,4 +1,4 @@
-"""Sections of numbers: headline, flow of the run, latent map, clusters, learning curves, tables 1 and 2, the real field."""
+"""Sections of numbers: headline, flow of the run, latent map, clusters, table 2, the real field."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import polars as pl
 
 from ctc_ray.report.data import ReportData
-from ctc_ray.report.figures import cluster_name, f1_panel
+from ctc_ray.report.figures import cluster_name
 from ctc_ray.report.markup import Column, Section, card, count, fraction, missing, moment, note, plural, table, words
 from ctc_ray.schema import ROLES
 
-_STRATEGY_ORDER = ("cluster-f1", "random")
 _MAX_FAILURES_SHOWN = 20
 
 
@@ -152,60 +151,6 @@ def clusters(data: ReportData) -> Section:
     if data.clusters["raw_pixels_f1"].null_count() == data.clusters.height:
         html += note("The raw-pixel baseline has not been trained.")
     return Section("clusters", title, html)
-
-
-def learning_curves(data: ReportData) -> Section:
-    """F1 against labelling loops per strategy (the paper's Figure 3)."""
-    title = "Labelling strategies"
-    if data.hil is None or data.hil.is_empty():
-        return Section("strategies", title, missing("Simulation", f"ctc-ray simulate {data.cohort_uri}"))
-    found = data.hil["strategy"].unique().to_list()
-    order = [s for s in _STRATEGY_ORDER if s in found] + sorted(set(found) - set(_STRATEGY_ORDER))
-    key = "".join(
-        f'<li><svg viewBox="0 0 28 10" aria-hidden="true"><line class="line s{n % 6}" x1="0" x2="28" y1="5" y2="5"/></svg>'
-        f"{escape(name)}</li>"
-        for n, name in enumerate(order)
-    )
-    runs = count(data.hil["num_runs"].max())
-    parts = [
-        note(
-            f"F1 of the test patients after each loop of labelling: mean and standard deviation of {runs} runs. "
-            "Below each loop stands the number of labels. The scale differs between panels."
-        ),
-        f'<ul class="key">{key}</ul>',
-    ]
-    groups = data.hil.select("scenario", "main_cluster").unique().sort("scenario", "main_cluster")
-    for scenario, main_cluster in groups.iter_rows():
-        own = data.hil.filter(
-            (pl.col("scenario") == scenario) & pl.col("main_cluster").eq_missing(pl.lit(main_cluster, pl.Int16))
-        )
-        suffix = "" if main_cluster is None else f", main cluster {main_cluster!s}"
-        panels = "".join(
-            f"<figure><figcaption>{escape(cluster_name(cluster))}</figcaption>"
-            f"{f1_panel(own.filter(pl.col('cluster').eq_missing(pl.lit(cluster, pl.Int16))), cluster_name(cluster), order)}</figure>"
-            for cluster in own["cluster"].unique().sort(nulls_last=False)
-        )
-        parts.append(f'<h3>{escape(scenario + suffix)}</h3><div class="panels">{panels}</div>')
-    return Section("strategies", title, "".join(parts))
-
-
-def table1(data: ReportData) -> Section:
-    """First and last loop per cluster and strategy (the paper's Table 1)."""
-    title = "First and last loop"
-    if data.table1 is None or data.table1.is_empty():
-        return Section("table1", title, missing("Simulation", f"ctc-ray simulate {data.cohort_uri}"))
-    strategies = [n for n in data.table1.columns if n not in ("scenario", "main_cluster", "cluster", "moment")]
-    columns = [
-        Column("cluster", "F1", cluster_name, is_number=False),
-        Column("moment", "Moment", words, is_number=False),
-        *(Column(name, name, words) for name in strategies),
-    ]
-    parts = []
-    for (scenario, main_cluster), rows in data.table1.group_by(["scenario", "main_cluster"], maintain_order=True):
-        suffix = "" if main_cluster is None else f", main cluster {main_cluster!s}"
-        caption = f"{scenario!s}{suffix}: mean ± standard deviation over runs (the paper's Table 1)"
-        parts.append(table(rows, columns, caption))
-    return Section("table1", title, "".join(parts))
 
 
 def table2(data: ReportData) -> Section:

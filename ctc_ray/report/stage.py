@@ -129,7 +129,6 @@ def gather(config: RunConfig, cohort: Cohort, real_field: RealField | None) -> R
     """Read every frame that needs no pixels."""
     labels = read_labels(cohort).select("cell_id", "label")
     points, sizes = latent_points(cohort, config, labels)
-    results = frames.read_output(cohort, cohort.simulation(config.hil.name), "results.parquet")
     folder = cohort.detection(config.compare.name)
     shown, picture = _real_field(config, cohort, real_field)
     return ReportData(
@@ -142,8 +141,7 @@ def gather(config: RunConfig, cohort: Cohort, real_field: RealField | None) -> R
         points=points,
         clusters=frames.cluster_frame(sizes, frames.metrics_frame(cohort, config)),
         agreement=read_agreement(cohort, config),
-        hil=frames.hil_frame(results),
-        table1=frames.table1_frame(results),
+        simulation=frames.simulation_of(cohort, config),
         ppv=frames.read_output(cohort, folder, "ppv.parquet"),
         sensitivity=frames.read_output(cohort, folder, "sensitivity.parquet"),
         candidates=frames.candidates_frame(cohort, config),

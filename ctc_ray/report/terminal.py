@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import polars as pl
 from rich.console import Console
 from rich.table import Table
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig
+from ctc_ray.hil.stage import RESULTS
+from ctc_ray.hil.statistics import FLIP_RATE, first_and_last
 from ctc_ray.labels.consensus import read_labels
 from ctc_ray.report import frames
 from ctc_ray.report.figures import cluster_name
 from ctc_ray.report.latent_points import latent_points
 from ctc_ray.report.markup import count, fraction, plural
+from ctc_ray.report.simulation_frames import setting_name, settings_of
 
 
 def print_summary(cohort: Cohort, config: RunConfig, *, console: Console | None = None) -> None:
@@ -56,22 +60,20 @@ def _clusters(cohort: Cohort, config: RunConfig) -> Table | None:
 
 
 def _strategies(cohort: Cohort, config: RunConfig) -> Table | None:
-    results = frames.read_output(cohort, cohort.simulation(config.hil.name), "results.parquet")
-    hil = frames.hil_frame(results)
-    if hil is None or hil.is_empty():
+    results = frames.read_output(cohort, cohort.simulation(config.hil.name), RESULTS)
+    if results is None or results.is_empty():
         return None
-    total = hil.filter(hil["cluster"].is_null())
+    total = first_and_last(results).filter(pl.col("cluster").is_null())
+    if FLIP_RATE in total.columns:  # the least, to stay on one screen; the report has all
+        total = total.filter(pl.col(FLIP_RATE) == pl.col(FLIP_RATE).min())
     last = count(total["loop"].max())
     table = _new_table(
         f"Labelling: test F1 before and after {last} loops (mean of runs)", "", "before", "after", "labels"
     )
-    for (scenario, main_cluster, strategy), rows in total.group_by(
-        ["scenario", "main_cluster", "strategy"], maintain_order=True
-    ):
-        ordered = rows.sort("loop")
-        suffix = "" if main_cluster is None else f", main cluster {main_cluster!s}"
-        ends = (fraction(ordered["mean_f1"][0]), fraction(ordered["mean_f1"][-1]), count(ordered["num_train"][-1]))
-        table.add_row(f"{scenario!s}{suffix}: {strategy!s}", *ends)
+    for setting, rows in settings_of(total):
+        for (strategy,), ends in rows.sort("strategy", "loop").group_by(["strategy"], maintain_order=True):
+            means = (fraction(ends["mean_f1"][0]), fraction(ends["mean_f1"][-1]))
+            table.add_row(f"{setting_name(setting)}: {strategy!s}", *means, count(ends["num_train"][-1]))
     return table
 
 

@@ -20,6 +20,7 @@ from ctc_ray.hil.comparison import (
     labels_to_reach,
     mean_height,
     reach_summary,
+    shared_labels,
     sign_flip_p,
     worst_clusters,
 )
@@ -203,6 +204,7 @@ def test_areas_judge_arms_of_one_seed_on_the_labels_that_all_have() -> None:
     assert found["random", 10] == pytest.approx(0.35)
     assert found["margin", 10] == pytest.approx(dense_mean([100, 105, 140], [0.2, 0.3, 1.0], 100, 120), abs=1e-6)
     assert found["margin", 20] == found["random", 20] == pytest.approx((5 * 0.25 + 35 * 0.65) / 40)
+    assert shared_labels(results).select("seed", "low", "high").rows() == [(10, 100.0, 120.0), (20, 100.0, 140.0)]
 
 
 def test_areas_of_an_arm_without_new_labels_are_undefined_and_leave_the_others_alone() -> None:
@@ -210,6 +212,8 @@ def test_areas_of_an_arm_without_new_labels_are_undefined_and_leave_the_others_a
     grown: Curve = [(100, 0, 0.2), (110, 1, 0.4)]
     results, effort = simulated({"margin": [still], "random": [grown]})
     assert areas(results)["value"].to_list() == [None, pytest.approx(0.3)]
+    assert shared_labels(results).select("low", "high").rows() == [(100.0, 110.0)]
+    assert shared_labels(simulated({"margin": [still]})[0]).select("low", "high").rows() == [(None, None)]
     assert areas_over_minutes(results, effort)["value"].to_list() == pytest.approx([0.2, 0.3])
 
 
@@ -234,6 +238,8 @@ def test_areas_over_minutes_of_another_simulation_are_refused() -> None:
     results, effort = simulated({"margin": [curve, curve]})
     with pytest.raises(SchemaError, match="margin, seed 20, loop 0"):
         areas_over_minutes(results, effort.filter(pl.col("seed") == 10))
+    with pytest.raises(SchemaError, match="several rows for one of"):
+        areas_over_minutes(results, pl.concat([effort.with_columns(flip_rate=rate) for rate in (0.0, 0.1)]))
     with pytest.raises(SchemaError, match="lacks the columns minutes"):
         areas_over_minutes(results, effort.drop("minutes"))
     with pytest.raises(SchemaError, match="lacks the columns flip_rate"):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 
 import numpy as np
 import polars as pl
@@ -11,10 +10,10 @@ import pytest
 from PIL import Image
 
 from ctc_ray.errors import SchemaError
+from ctc_ray.report.curves import f1_panel
 from ctc_ray.report.figures import (
     cell_strip,
     cluster_colour,
-    f1_panel,
     map_payload,
     png_uri,
     real_field_png,
@@ -126,36 +125,6 @@ def test_markup_hostile_text_is_escaped(html: str) -> None:
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert 'alert("x")' not in html
-
-
-def test_f1_panel_known_values_lie_at_their_heights() -> None:
-    frame = pl.DataFrame(
-        {
-            "strategy": ["random"] * 2,
-            "loop": [0, 1],
-            "num_train": [100, 200],
-            "mean_f1": [0.6, 1.0],
-            "sd_f1": [None, 0.1],
-            "num_runs": [1, 5],
-        },
-        schema_overrides={"sd_f1": pl.Float64},
-    )
-    svg = f1_panel(frame, "Cluster 0", ["random"])
-    points = re.search(r'<polyline class="line s0" points="([^"]+)"', svg)
-    assert points is not None
-    (x0, y0), (x1, y1) = (map(float, pair.split(",")) for pair in points.group(1).split())
-    assert x0 < x1
-    assert y1 == 12.0  # the top of the panel is 1.0
-    assert y0 == pytest.approx(12 + (230 - 12 - 40) * (1 if "0.6</text>" in svg else 0.4), abs=0.1)
-    assert "loop 1: 1.000 ± 0.100 (5 runs)" in svg
-
-
-def test_f1_panel_undefined_values_are_left_out() -> None:
-    frame = pl.DataFrame(
-        {"strategy": ["random"], "loop": [0], "num_train": [9], "mean_f1": [None], "sd_f1": [None], "num_runs": [0]},
-        schema_overrides={"mean_f1": pl.Float64, "sd_f1": pl.Float64},
-    )
-    assert "polyline" not in f1_panel(frame, "Cluster 0", ["random"])
 
 
 def test_table_last_row_total_is_marked_and_columns_keep_their_order() -> None:

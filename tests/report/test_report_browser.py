@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,21 +7,6 @@ import pytest
 from ctc_ray.cohort import Cohort
 
 pytestmark = [pytest.mark.browser, pytest.mark.ray]
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-_ARGUMENTS = ["--headless", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium; skips where none is installed."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next((found for name in _NAMES if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"no browser ({', '.join(_NAMES)}) is installed: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=_ARGUMENTS)
-        yield running
-        running.close()
 
 
 def _open(browser: Any, cohort: Cohort, **settings: Any) -> tuple[Any, list[str], list[str]]:
@@ -51,7 +34,7 @@ def test_report_opened_in_a_browser_draws_the_map_without_errors_or_requests(
     assert int(page.get_attribute("#map-plot", "data-drawn")) > 0
     assert page.locator("#map-plot .legend .traces").count() >= 4
     assert page.locator("h1").count() == 1
-    assert page.locator("main > section > h2").count() == 13
+    assert page.locator("main > section > h2").count() == 14
     assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
 
 
