@@ -15,9 +15,10 @@ import numpy.typing as npt
 import polars as pl
 
 from ctc_ray.errors import SchemaError
+from ctc_ray.schema import FLIP_RATE as FLIP_RATE_FIELD
 from ctc_ray.schema import RESULTS_SCHEMA
 
-FLIP_RATE = "flip_rate"
+FLIP_RATE = FLIP_RATE_FIELD.name
 """Share of wrong answers of the simulated expert: a column of sweeps over several, absent where there was one."""
 _PAPER_ORDER = ("cluster-f1", "random")
 
