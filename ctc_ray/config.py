@@ -501,8 +501,13 @@ class HilConfig(Section):
     """Which latent map; it stays as it is through all loops."""
     scenarios: Annotated[tuple[str, ...], Field(min_length=1)] = ("limited-global",)
     """Scenarios to run: `limited-global`, `limited-local`, `rare-positive`."""
-    strategies: Annotated[tuple[str, ...], Field(min_length=1)] = ("random", "cluster-f1", "margin")
-    """Strategies to compare."""
+    strategies: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "random",
+        "cluster-f1",
+        "margin",
+        "uncertainty-ensemble",
+    )
+    """Strategies to compare: the baseline, the paper's, the plainest of the literature, and the one that `docs/hil_study.md` recommends."""
     main_clusters: tuple[int, ...] = ()
     """Main clusters of `limited-local` and regions of `rare-positive`; empty: every cluster of the training set but the background, and the
     weakest one of the moment."""

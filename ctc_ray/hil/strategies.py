@@ -92,6 +92,9 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 
+RECOMMENDED = "uncertainty-ensemble"
+"""For whoever does not want to choose. Source: `docs/hil_study.md`, by the rule of `benchmarks/hil_study.py`."""
+
 
 def strategy_named(name: str) -> Strategy:
     """Look a strategy up.

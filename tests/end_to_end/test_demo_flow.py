@@ -74,7 +74,7 @@ def test_demo_writes_the_other_contract_tables(demo: Demo) -> None:
     assert labels.schema.names == schema.LABELS_SCHEMA.names
     results = pl.read_parquet(root / "simulations" / "paper" / "results.parquet")
     assert results.columns == schema.RESULTS_SCHEMA.names
-    assert set(results["strategy"]) == {"random", "cluster-f1", "margin"}
+    assert set(results["strategy"]) == {"random", "cluster-f1", "margin", "uncertainty-ensemble"}
     assert set(results["seed"]) == {164, 29, 7, 190, 71}
     assert set(results["loop"]) == {0, 1, 2, 3, 4}
     assert (root / "classifiers" / "svm" / "model.skops").exists()
