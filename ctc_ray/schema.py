@@ -245,15 +245,24 @@ RESULTS_SCHEMA = pa.schema(
         ("num_train", pa.int32()),
     ]
 )
-TRIAL_SCHEMA = RESULTS_SCHEMA.append(pa.field("num_viewed", pa.int32()))
-"""Rows of one trial: its results, and how many cells the labeller had been asked about since the start."""
+TRIAL_SCHEMA = pa.schema(
+    [
+        *RESULTS_SCHEMA,
+        pa.field("num_viewed", pa.int32()),
+        pa.field("searched_cluster", pa.int16()),
+        pa.field("searched_class", pa.int8()),
+    ]
+)
+"""Rows of one trial: its results, how many cells the labeller had been asked about since the start, and where `rare-positive` has
+just looked for which class (1 CTC, 0 not); null before its first loop, where it found nothing to look at, and in other scenarios.
+The cluster is null too where it looked everywhere."""
 EFFORT_SCHEMA = pa.schema(
     [
         *(
             RESULTS_SCHEMA.field(name)
             for name in ("scenario", "strategy", "main_cluster", "run", "seed", "loop", "num_train")
         ),
-        pa.field("num_viewed", pa.int32()),
+        *(TRIAL_SCHEMA.field(name) for name in ("num_viewed", "searched_cluster", "searched_class")),
         pa.field("minutes", pa.float64()),
     ]
 )

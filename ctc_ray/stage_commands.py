@@ -328,6 +328,10 @@ def simulate(
         list[int] | None, typer.Option("--main-cluster", help="Main cluster of limited-local; repeatable.")
     ] = None,
     mode: Annotated[str | None, typer.Option("--mode", help="faithful or corrected.")] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", help="Fault of the reference that corrected mode leaves in; repeatable."),
+    ] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
     address: Address = None,
@@ -339,7 +343,10 @@ def simulate(
 
     if (cohort is None) == (release is None) or (release is not None and out is None):
         raise ConfigError("give either a COHORT, or --release DIR with --out OUT")
-    given = {"scenarios": scenario, "strategies": strategy, "main_clusters": main_cluster, "seeds": seeds, "mode": mode}
+    given = {
+        **{"scenarios": scenario, "strategies": strategy, "main_clusters": main_cluster},
+        **{"seeds": seeds, "mode": mode, "faults": fault},
+    }
     overrides = [*(set_ or ()), *(f"hil.{name}={value!r}" for name, value in given.items() if value)]
     settings = load_config(config, overrides)
     place = Cohort.open(cohort) if cohort is not None else None

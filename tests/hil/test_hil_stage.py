@@ -299,4 +299,6 @@ def test_loop_settings_carries_every_number_of_the_config() -> None:
         **{"mode": "faithful", "initial": 30, "per_loop": 20},
         **{"loops": 2, "mc_splits": 5, "flip_rate": 0.1},
         **{"held_back": 0.3, "seconds_per_cell": 2.0, "budget_s": 60.0},
+        **{"faults": ()},
     }
+    assert loop_settings(_config("hil.faults=[rounding]").hil).faults == ("rounding",)
