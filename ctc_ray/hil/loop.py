@@ -83,7 +83,7 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
         told = state.with_evidence(classifier, _cluster_scores(found, settings), start.counts[loop])
         rng = np.random.default_rng([trial.seed, _LOOP_STREAM, loop])
         if start.search is None:
-            chosen = choose(told, rng)
+            chosen = choose(told, rng) if told.count and len(told.pool) else told.pool[:0]
             state = state.with_labels(chosen, expert.answer(chosen), repeats=settings.keeps("short-cluster"))
         else:
             seen_by = first if settings.keeps("first-predictions") else classifier
