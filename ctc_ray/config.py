@@ -22,6 +22,18 @@ Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 Name = Annotated[str, Field(pattern=r"^[^/\\\s._][^/\\]*$")]
 Precision = Literal["auto", "fp32", "bf16"]
 ResizeRule = Literal["exact", "crop-centre", "pad-zero", "pad-edge", "pad-reflect", "bilinear"]
+FaultName = Literal[
+    "short-cluster",
+    "rounding",
+    "unscored-clusters",
+    "undefined-is-zero",
+    "reseeding",
+    "monte-carlo",
+    "test-target",
+    "fixed-target",
+    "first-predictions",
+]
+"""A fault of the reference implementation that `simulate` can leave in; `ctc_ray.hil.settings.FAULTS` says what each does."""
 
 
 def operational(default: Any, **constraints: Any) -> Any:
@@ -515,6 +527,8 @@ class HilConfig(Section):
     """`paper` (164, 29, 7, 190, 71), or a number of seeds: 0, 1, 2, ..."""
     mode: Literal["faithful", "corrected"] = "corrected"
     """`faithful` repeats the faults of the reference."""
+    faults: tuple[FaultName, ...] = neutral(())
+    """Faults of the reference that corrected mode leaves in, to see what each one does; faithful mode has all of them."""
     initial: Annotated[int, Field(ge=2)] = 100
     """Labels before the first loop. Source: paper."""
     per_loop: Count = 100
@@ -537,6 +551,19 @@ class HilConfig(Section):
     """Seeds after which arms that are clearly behind the best one of their setting get no more; None: every arm gets all seeds."""
     max_concurrent: Count = operational(2)
     """Trials at a time, one processor each; raise it on a cluster."""
+
+    @field_validator("faults", mode="after")
+    @classmethod
+    def _in_one_order(cls, faults: tuple[FaultName, ...]) -> tuple[FaultName, ...]:
+        return tuple(sorted(set(faults)))
+
+    @model_validator(mode="after")
+    def _faults_are_of_corrected_mode(self) -> HilConfig:
+        if self.mode == "faithful" and self.faults:
+            raise ValueError(
+                f"faithful mode has every fault: leave out {', '.join(self.faults)}, or set mode: corrected"
+            )
+        return self
 
     @field_validator("seeds", mode="before")
     @classmethod

@@ -245,8 +245,17 @@ RESULTS_SCHEMA = pa.schema(
         ("num_train", pa.int32()),
     ]
 )
-TRIAL_SCHEMA = RESULTS_SCHEMA.append(pa.field("num_viewed", pa.int32()))
-"""Rows of one trial: its results, and how many cells the labeller had been asked about since the start."""
+TRIAL_SCHEMA = pa.schema(
+    [
+        *RESULTS_SCHEMA,
+        pa.field("num_viewed", pa.int32()),
+        pa.field("searched_cluster", pa.int16()),
+        pa.field("searched_class", pa.int8()),
+    ]
+)
+"""Rows of one trial: its results, how many cells the labeller had been asked about since the start, and where `rare-positive` has
+just looked for which class (1 CTC, 0 not); null before its first loop, where it found nothing to look at, and in other scenarios.
+The cluster is null too where it looked everywhere."""
 FLIP_RATE = pa.field("flip_rate", pa.float64())
 """Further column of results and effort: share of wrong answers, in a sweep over more than one."""
 EFFORT_SCHEMA = pa.schema(
@@ -255,7 +264,7 @@ EFFORT_SCHEMA = pa.schema(
             RESULTS_SCHEMA.field(name)
             for name in ("scenario", "strategy", "main_cluster", "run", "seed", "loop", "num_train")
         ),
-        pa.field("num_viewed", pa.int32()),
+        *(TRIAL_SCHEMA.field(name) for name in ("num_viewed", "searched_cluster", "searched_class")),
         pa.field("minutes", pa.float64()),
     ]
 )

@@ -333,6 +333,10 @@ def simulate(
         list[float] | None,
         typer.Option("--flip-rate", help="Share of wrong answers; repeatable for a sweep over several."),
     ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", help="Fault of the reference that corrected mode leaves in; repeatable."),
+    ] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
     address: Address = None,
@@ -345,7 +349,7 @@ def simulate(
     if (cohort is None) == (release is None) or (release is not None and out is None):
         raise ConfigError("give either a COHORT, or --release DIR with --out OUT")
     given: dict[str, object] = {"scenarios": scenario, "strategies": strategy, "main_clusters": main_cluster}
-    given |= {"seeds": seeds, "mode": mode, "flip_rates": flip_rate}
+    given |= {"seeds": seeds, "mode": mode, "flip_rates": flip_rate, "faults": fault}
     overrides = [*(set_ or ()), *(f"hil.{name}={value!r}" for name, value in given.items() if value)]
     settings = load_config(config, overrides)
     place = Cohort.open(cohort) if cohort is not None else None

@@ -8,6 +8,7 @@ from ctc_ray import cli, stage_commands
 from ctc_ray.cli import main
 from ctc_ray.cluster import examine
 from ctc_ray.cohort import Cohort
+from ctc_ray.config import RunConfig
 from ctc_ray.errors import CartridgeError, ConfigError
 from ctc_ray.records import PlanRow, StageResult, State
 from ctc_ray.submit import entrypoint_of
@@ -122,6 +123,27 @@ def test_cli_simulate_needs_a_cohort_or_a_release(run: Run) -> None:
     code, _, err = run("simulate")
     assert code == 2
     assert "--release" in err
+
+
+def test_cli_simulate_takes_several_faults_and_refuses_them_in_faithful_mode(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def plan(config: RunConfig, *_: object, **__: object) -> list[PlanRow]:
+        seen.append(config.hil.faults)
+        return []
+
+    monkeypatch.setattr("ctc_ray.hil.stage.plan_simulate", plan)
+    words = ("simulate", "--release", str(tmp_path), "--out", str(tmp_path / "out"), "--dry-run")
+    assert run(*words, "--fault", "rounding", "--fault", "monte-carlo")[0] == 0
+    assert seen == [("monte-carlo", "rounding")]
+    code, _, err = run(*words, "--fault", "rounding", "--mode", "faithful")
+    assert code == 2
+    assert "faithful mode has every fault" in err
+    code, _, err = run(*words, "--fault", "roundings")
+    assert code == 2
+    assert "short-cluster" in err  # the known ones
 
 
 def test_cli_patients_may_be_repeated_or_separated_by_commas() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctc_ray.hil.pools import Floats, Ints, Labels, Problem
+from ctc_ray.hil.pools import CellSet, Floats, Ints, Labels, Problem
 from ctc_ray.hil.scores import monte_carlo
 from ctc_ray.hil.settings import LoopSettings
 from ctc_ray.hil.svm import Classifier
@@ -39,7 +39,7 @@ def held_out_predictions(
     clusters: Ints,
     settings: LoopSettings,
 ) -> HeldOut:
-    """Predictions of the validation cells in corrected mode where there are any, else by Monte-Carlo splits.
+    """Predictions of the validation cells where there are any, else (or with the fault `monte-carlo`) by Monte-Carlo splits.
 
     Args:
         problem: with or without validation cells.
@@ -47,17 +47,20 @@ def held_out_predictions(
         features_LD: (L, D) of the labelled cells.
         answers: (L,) their labels.
         clusters: (L,) their clusters.
-        settings: mode and number of splits.
+        settings: faults and number of splits.
     """
     validation = problem.validation
-    if settings.mode == "corrected" and validation is not None:
-        rows = _numbered(len(validation))
-        return HeldOut(
-            validation.labels, classifier.predict(validation.features), validation.clusters, rows, is_monte_carlo=False
-        )
+    if validation is not None and not settings.keeps("monte-carlo"):
+        return _predicted(validation, classifier)
     pooled = monte_carlo(features_LD, answers, settings.mc_splits)
     return HeldOut(answers[pooled.rows], pooled.predictions, clusters[pooled.rows], pooled.rows, is_monte_carlo=True)
 
 
-def _numbered(num: int) -> Ints:
-    return np.arange(num, dtype=np.int64)
+def predictions_of_test(problem: Problem, classifier: Classifier) -> HeldOut:
+    """Predictions of the test cells, for the fault `test-target` alone."""
+    return _predicted(problem.test, classifier)
+
+
+def _predicted(cells: CellSet, classifier: Classifier) -> HeldOut:
+    rows = np.arange(len(cells), dtype=np.int64)
+    return HeldOut(cells.labels, classifier.predict(cells.features), cells.clusters, rows, is_monte_carlo=False)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ctc_ray.errors import ConfigError
 from ctc_ray.hil import faithful
-from ctc_ray.hil.evidence import held_out_predictions
-from ctc_ray.hil.labellers import NO_CLASS, Labeller, SimulatedLabeller
-from ctc_ray.hil.pools import Ints, Labels, Problem
+from ctc_ray.hil.evidence import HeldOut, held_out_predictions
+from ctc_ray.hil.labellers import Labeller, SimulatedLabeller
+from ctc_ray.hil.pools import Problem
+from ctc_ray.hil.rare_positive import choose_target, search_pool
 from ctc_ray.hil.scenarios import scenario_named
 from ctc_ray.hil.scores import Convention, Score, score, score_clusters
-from ctc_ray.hil.settings import LoopSettings, Search, Start
+from ctc_ray.hil.settings import FAULTS, LoopSettings, Start, Target
 from ctc_ray.hil.state import LoopState
 from ctc_ray.hil.strategies import Choose, strategy_named
 from ctc_ray.hil.svm import Classifier
 
-_FAITHFUL: dict[str, Choose] = {"random": faithful.choose_random, "cluster-f1": faithful.choose_cluster_f1}
 _LOOP_STREAM = 0x6C6F6F70
 
 
@@ -76,64 +76,40 @@ def run_trial(problem: Problem, trial: Trial, settings: LoopSettings, labeller: 
     state = LoopState(problem.train.features, start.clusters, labelled, answers[known], start.pool, trial.seed)
     choose = _chooser(start.within_pool, settings)
     rows: list[Row] = []
+    first = Classifier.fit(state.features[state.labelled], state.answers)
+    target: Target | None = None
     for loop in range(settings.loops + 1):
-        classifier = Classifier.fit(state.features[state.labelled], state.answers)
-        rows += _test_rows(problem, classifier, trial, state, settings)
-        mc_rows, cluster_scores = _cluster_evidence(problem, classifier, trial, start, state, settings)
-        rows += mc_rows
+        classifier = Classifier.fit(state.features[state.labelled], state.answers) if loop else first
+        found = _cluster_evidence(problem, classifier, trial, start, state, settings)
+        rows += _rows(problem, classifier, trial, state, found, target, settings)
         if loop == settings.loops:
             break
-        told = state.with_evidence(classifier, cluster_scores, start.counts[loop])
+        told = state.with_evidence(classifier, _cluster_scores(found, settings), start.counts[loop])
         rng = np.random.default_rng([trial.seed, _LOOP_STREAM, loop])
         if start.search is None:
-            chosen = choose(told, rng)
-            state = state.with_labels(chosen, expert.answer(chosen), repeats=settings.mode == "faithful")
+            chosen = choose(told, rng) if told.count and len(told.pool) else told.pool[:0]
+            state = state.with_labels(chosen, expert.answer(chosen), repeats=settings.keeps("short-cluster"))
         else:
-            state = state.with_labels(*search_pool(told, start.search, choose, expert, rng))
+            seen_by = first if settings.keeps("first-predictions") else classifier
+            target = choose_target(problem, told, seen_by, start.search, target, settings, found)
+            state = state.with_labels(*search_pool(told, target, seen_by, choose, expert, rng))
     return rows
 
 
 def _start(problem: Problem, trial: Trial, settings: LoopSettings, labeller: Labeller | None) -> Start:
-    """The situation before the first loop; the random arm of a search is told how many cells the targeted arm found."""
+    """The situation before the first loop; the random arm of a search is told what the targeted arm found, and how much of it."""
     start = scenario_named(trial.scenario)(problem, trial.strategy, trial.seed, trial.main_cluster, settings)
-    if start.search is None or start.search.cluster is not None:
+    if start.search is None or not start.search.everywhere:
         return start
-    targeted = dataclasses.replace(trial, strategy="cluster-f1")
-    totals = [row for row in run_trial(problem, targeted, settings, labeller) if row["cluster"] is None]
-    labels = [int(row["num_train"]) for row in totals if row["split"] == "test"]
-    quotas = tuple(np.diff(labels).tolist())
-    return dataclasses.replace(start, search=dataclasses.replace(start.search, quotas=quotas))
-
-
-def search_pool(
-    state: LoopState, search: Search, choose: Choose, expert: Labeller, rng: np.random.Generator
-) -> tuple[Ints, Labels]:
-    """One loop of a search: which cells were looked at, and the answers that are learnt from.
-
-    Args:
-        state: with classifier and count.
-        search: where to look and what for.
-        choose: strategy for what to look at first.
-        expert: who answers.
-        rng: for the strategy.
-
-    Returns:
-        Positions (K,) in the order of looking, and answers (K,), `NO_CLASS` where a cell is not of the class that is looked for.
-    """
-    if state.classifier is None:
-        raise ConfigError("a search needs a fitted classifier in the state")
-    other = state.classifier.predict(state.features[state.pool]) != search.finds
-    inside = other if search.cluster is None else other & (state.clusters[state.pool] == search.cluster)
-    pool = state.pool[inside]
-    count = state.count if search.quotas is None else len(pool)
-    chosen = choose(dataclasses.replace(state, pool=pool, count=count), rng)
-    answers = expert.answer(chosen)
-    if search.quotas is not None:
-        enough = np.cumsum(answers == search.finds) >= search.quotas[state.loop]
-        stop = int(np.argmax(enough)) + 1 if enough.any() else len(chosen)
-        stop = stop if search.quotas[state.loop] else 0
-        chosen, answers = chosen[:stop], answers[:stop]
-    return chosen, np.where(answers == search.finds, answers, NO_CLASS).astype(np.int8)
+    targeted = run_trial(problem, dataclasses.replace(trial, strategy="cluster-f1"), settings, labeller)
+    totals = [row for row in targeted if row["cluster"] is None and row["split"] == "test"]
+    planned = tuple(
+        None
+        if after["searched_class"] is None
+        else Target(None, after["searched_class"], after["num_train"] - before["num_train"])
+        for before, after in itertools.pairwise(totals)
+    )
+    return dataclasses.replace(start, search=dataclasses.replace(start.search, planned=planned))
 
 
 def check_trials(problem: Problem, trials: Sequence[Trial], settings: LoopSettings) -> None:
@@ -144,49 +120,63 @@ def check_trials(problem: Problem, trials: Sequence[Trial], settings: LoopSettin
 
 
 def _chooser(strategy: str, settings: LoopSettings) -> Choose:
+    """The strategy's function, with the faults of the reference that are left in."""
     known = strategy_named(strategy)
-    return _FAITHFUL.get(strategy, known.choose) if settings.mode == "faithful" else known.choose
+    kept = [fault for fault in FAULTS if settings.keeps(fault)]
+    if strategy == "cluster-f1" and kept:
+        return faithful.cluster_f1_keeping(*kept)
+    return faithful.choose_random if strategy == "random" and settings.keeps("reseeding") else known.choose
 
 
 def _convention(settings: LoopSettings) -> Convention:
-    return "paper" if settings.mode == "faithful" else "null"
-
-
-def _test_rows(
-    problem: Problem, classifier: Classifier, trial: Trial, state: LoopState, settings: LoopSettings
-) -> list[Row]:
-    test, convention = problem.test, _convention(settings)
-    predictions = classifier.predict(test.features)
-    total = score(test.labels, predictions, convention, is_cluster=False)
-    clusters = score_clusters(test.labels, predictions, test.clusters, convention)
-    return [_row(trial, state, "test", None, total), *(_row(trial, state, "test", c, s) for c, s in clusters.items())]
+    return "paper" if settings.keeps("undefined-is-zero") else "null"
 
 
 def _cluster_evidence(
     problem: Problem, classifier: Classifier, trial: Trial, start: Start, state: LoopState, settings: LoopSettings
-) -> tuple[list[Row], dict[int, Score]]:
-    """Scores per cluster for the strategy: of the validation cells in corrected mode, else by Monte-Carlo with rows of their own.
+) -> HeldOut | None:
+    """Held-out predictions for strategies that ask for scores per cluster.
 
     The reference computes the Monte-Carlo scores in both arms of limited-global, so faithful mode does.
     """
     needed = strategy_named(start.within_pool).needs_cluster_scores
     if not needed and not (settings.mode == "faithful" and trial.scenario == "limited-global"):
-        return [], {}
-    convention = _convention(settings)
+        return None
     known = state.labelled
-    found = held_out_predictions(
+    return held_out_predictions(
         problem, classifier, state.features[known], state.answers, start.clusters[known], settings
     )
-    truth, predictions = found.truth, found.predictions
-    scores = score_clusters(truth, predictions, found.clusters, convention, rows=found.rows)
-    if not found.is_monte_carlo:
-        return [], scores
-    total = score(truth, predictions, convention, is_cluster=False)
-    rows = [_row(trial, state, "mc", None, total), *(_row(trial, state, "mc", c, s) for c, s in scores.items())]
-    return rows, scores
 
 
-def _row(trial: Trial, state: LoopState, split: str, cluster: int | None, found: Score) -> Row:
+def _cluster_scores(found: HeldOut | None, settings: LoopSettings) -> dict[int, Score]:
+    if found is None:
+        return {}
+    return score_clusters(found.truth, found.predictions, found.clusters, _convention(settings), rows=found.rows)
+
+
+def _rows(
+    problem: Problem,
+    classifier: Classifier,
+    trial: Trial,
+    state: LoopState,
+    found: HeldOut | None,
+    target: Target | None,
+    settings: LoopSettings,
+) -> list[Row]:
+    """Scores of the test cells and, where there are any, of the Monte-Carlo splits, in total and per cluster."""
+    test, convention = problem.test, _convention(settings)
+    predictions = classifier.predict(test.features)
+    scored: list[tuple[str, int | None, Score]] = [
+        ("test", None, score(test.labels, predictions, convention, is_cluster=False))
+    ]
+    scored += [("test", c, s) for c, s in score_clusters(test.labels, predictions, test.clusters, convention).items()]
+    if found is not None and found.is_monte_carlo:
+        scored.append(("mc", None, score(found.truth, found.predictions, convention, is_cluster=False)))
+        scored += [("mc", c, s) for c, s in _cluster_scores(found, settings).items()]
+    return [_row(trial, state, split, cluster, one, target) for split, cluster, one in scored]
+
+
+def _row(trial: Trial, state: LoopState, split: str, cluster: int | None, found: Score, target: Target | None) -> Row:
     return {
         "scenario": trial.scenario,
         "strategy": trial.strategy,
@@ -201,4 +191,6 @@ def _row(trial: Trial, state: LoopState, split: str, cluster: int | None, found:
         "precision": found.precision,
         "num_train": len(state.labelled),
         "num_viewed": state.num_viewed,
+        "searched_cluster": None if target is None else target.cluster,
+        "searched_class": None if target is None else target.finds,
     }

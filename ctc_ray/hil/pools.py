@@ -67,11 +67,15 @@ class CellSet:
 
 def cell_set(name: str, cell_ids: Any, features: Any, labels: Any, clusters: Any) -> CellSet:
     """Make a `CellSet` of anything array-like; raises as that does."""
+    given = np.asarray(labels)
+    odd = given[~np.isin(given, (0, 1))]
+    if len(odd):  # before they become int8, where 256 is 0 and 0.7 too
+        raise LabelError(f"{name}: label {odd[0]} is neither 0 (no CTC) nor 1 (CTC): map the labels first")
     return CellSet(
         name,
         np.asarray(cell_ids, dtype=np.str_),
         np.ascontiguousarray(features, dtype=np.float64),
-        np.asarray(labels).astype(np.int8),
+        given.astype(np.int8),
         np.asarray(clusters, dtype=np.int64),
     )
 

@@ -71,13 +71,14 @@ def share_out(count: int, weights: Floats, available: Ints) -> npt.NDArray[np.in
         active = np.where(room > 0, weights, 0.0)
         if active.sum() <= 0:
             active = room.astype(np.float64)
-        given = np.minimum(_largest_remainder(left, active / active.sum()), room)
+        given = np.minimum(largest_remainder(left, active / active.sum()), room)
         quotas += given
         left -= int(given.sum())
     return quotas
 
 
-def _largest_remainder(count: int, shares: Floats) -> npt.NDArray[np.int64]:
+def largest_remainder(count: int, shares: Floats) -> npt.NDArray[np.int64]:
+    """Whole numbers (C,) with sum `count`, each within one of its share (C,) of it; shares sum to 1."""
     exact = count * shares
     whole = np.floor(exact).astype(np.int64)
     order = np.argsort(-(exact - whole), kind="stable")

@@ -15,7 +15,7 @@ from ctc_ray.errors import ConfigError
 from ctc_ray.hil import faithful
 from ctc_ray.hil.pools import Ints, Problem
 from ctc_ray.hil.rare_positive import rare_positive
-from ctc_ray.hil.settings import LoopSettings, Mode, Start
+from ctc_ray.hil.settings import LoopSettings, Start
 
 _START_STREAM = 0x73746172
 
@@ -43,7 +43,7 @@ def limited_global(
             f"{problem.train.name} has {num} labelled cells, but {settings.initial} initial labels and {settings.loops} loops of "
             f"{settings.per_loop} need {needed}: label more cells, or lower hil.initial, hil.per_loop or hil.loops"
         )
-    if settings.mode == "faithful":
+    if settings.keeps("reseeding"):
         labelled = faithful.sample(seed, range(num), settings.initial)
     else:
         labelled = _start_rng(seed).choice(num, settings.initial, replace=False).astype(np.int64)
@@ -63,7 +63,7 @@ def limited_local(
     Raises:
         ConfigError: no main cluster is given, or the training set has too few cells in it.
 
-    Source: paper, simulated HiL scenario 2. Departure in corrected mode: both arms get equally many labels in each loop.
+    Source: paper, simulated HiL scenario 2.
     """
     clusters = problem.train.clusters
     known = [int(c) for c in np.unique(clusters)]
@@ -77,16 +77,17 @@ def limited_local(
             "choose another --main-cluster"
         )
     large, rest = {}, {}
+    reseeding = settings.keeps("reseeding")
     for cluster in known:
-        large[cluster], rest[cluster] = _split(seed, np.flatnonzero(clusters == cluster), settings.mode)
+        large[cluster], rest[cluster] = _split(seed, np.flatnonzero(clusters == cluster), reseeding)
     others = [c for c in known if c != main_cluster]
     labelled = np.concatenate([rest[main_cluster], *(large[c] for c in others)])
     count = len(rest[main_cluster])
     main_pool = large[main_cluster]
-    part = _sample(seed, main_pool, min(count, len(main_pool)), settings.mode)
+    part = _sample(seed, main_pool, min(count, len(main_pool)), reseeding)
     mixed_pool = np.concatenate([part, *(rest[c] for c in others)])
     if len(main_pool) > len(mixed_pool):
-        main_pool = _sample(42, main_pool, len(mixed_pool), settings.mode)
+        main_pool = _sample(42, main_pool, len(mixed_pool), reseeding)
         count = round(len(main_pool) / 4)
     targeted = strategy == "cluster-f1"
     pool = main_pool if targeted else mixed_pool
@@ -105,14 +106,14 @@ def _start_rng(seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, _START_STREAM])
 
 
-def _sample(seed: int, candidates: Ints, count: int, mode: Mode) -> Ints:
-    if mode == "faithful":
+def _sample(seed: int, candidates: Ints, count: int, reseeding: bool) -> Ints:
+    if reseeding:
         return faithful.sample(seed, candidates, count)
     return _start_rng(seed).choice(candidates, count, replace=False)
 
 
-def _split(seed: int, members: Ints, mode: Mode) -> tuple[Ints, Ints]:
-    if mode == "faithful":
+def _split(seed: int, members: Ints, reseeding: bool) -> tuple[Ints, Ints]:
+    if reseeding:
         return faithful.split_cluster(seed, members)
     shuffled = np.random.default_rng([seed, _START_STREAM, int(members[0])]).permutation(members)
     num_large = round(0.8 * len(members))

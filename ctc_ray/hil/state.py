@@ -72,7 +72,7 @@ class LoopState:
         Args:
             chosen: (K,) positions, all in the pool.
             answers: (K,) what the labeller said; a cell without a class (below zero) leaves the pool and is not learnt from.
-            repeats: whether a cell may be chosen twice (the reference's fault 2; faithful mode alone).
+            repeats: whether a cell may be chosen twice (fault `short-cluster` of the reference).
 
         Raises:
             RoleLeakError: a chosen cell is not in the pool, or is chosen twice.

@@ -19,6 +19,7 @@ from ctc_ray.hil.settings import PAPER_SEEDS, LoopSettings
 from ctc_ray.hil.state import LoopState
 from ctc_ray.storage import Store
 
+_reference = faithful.cluster_f1_keeping("short-cluster", "rounding", "unscored-clusters", "reseeding")
 _KEYS = ["scenario", "strategy", "main_cluster", "run", "seed", "loop", "split", "cluster"]
 
 
@@ -38,7 +39,7 @@ def test_sample_repeats_the_module_functions() -> None:
 
 def test_choose_cluster_f1_ample_clusters_has_the_rounded_quotas() -> None:
     state = _state([0] * 60 + [1] * 60 + [2] * 60, {0: 0.5, 1: 0.75, 2: 0.85}, 10)
-    chosen = faithful.choose_cluster_f1(state, np.random.default_rng(0))
+    chosen = _reference(state, np.random.default_rng(0))
     counts = np.bincount(state.clusters[chosen], minlength=3)
     assert counts.tolist() == [5, 3, 2]  # 5.56 -> 6, 2.78 -> 3, 1.67 -> 2: one too many, taken from the lowest
     assert len(set(chosen.tolist())) == 10
@@ -47,7 +48,7 @@ def test_choose_cluster_f1_ample_clusters_has_the_rounded_quotas() -> None:
 def test_choose_cluster_f1_short_cluster_draws_from_the_next_one_and_can_repeat() -> None:
     clusters = [0] * 3 + [1] * 20 + [2] * 40
     state = _state(clusters, {0: 0.0, 1: 0.2, 2: 0.9}, 30)
-    chosen = faithful.choose_cluster_f1(state, np.random.default_rng(0))
+    chosen = _reference(state, np.random.default_rng(0))
     counts = np.bincount(state.clusters[chosen], minlength=3)
     assert len(chosen) == 30
     assert counts[0] == 3  # quota 15; the other 12 come from cluster 1, the one listed after the lowest
@@ -58,12 +59,19 @@ def test_choose_cluster_f1_short_cluster_draws_from_the_next_one_and_can_repeat(
 def test_choose_cluster_f1_lowest_cluster_last_stops_as_the_reference_does() -> None:
     state = _state([0] * 40 + [1] * 2, {0: 0.9, 1: 0.0}, 20)
     with pytest.raises(ConfigError, match="IndexError"):
-        faithful.choose_cluster_f1(state, np.random.default_rng(0))
+        _reference(state, np.random.default_rng(0))
 
 
 def test_choose_cluster_f1_all_right_stops_as_the_reference_does() -> None:
     with pytest.raises(ConfigError, match="divides by zero"):
-        faithful.choose_cluster_f1(_state([0] * 9, {0: 1.0}, 3), np.random.default_rng(0))
+        _reference(_state([0] * 9, {0: 1.0}, 3), np.random.default_rng(0))
+
+
+def test_choose_cluster_f1_more_rounded_up_than_there_are_stops_as_the_reference_does() -> None:
+    f1 = dict.fromkeys(range(7), 0.9)
+    state = _state([c for c in range(7) for _ in range(3)], f1, 4)  # 0.57 each, rounded up 7: the first is left 1 - 3
+    with pytest.raises(ConfigError, match="leave -2 for the lowest"):
+        _reference(state, np.random.default_rng(0))
 
 
 def test_split_cluster_gives_four_fifths_and_the_rest() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from ctc_ray.errors import LabelError, MissingInputError, SchemaError
+from ctc_ray.errors import ConfigError, LabelError, MissingInputError, SchemaError
+from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.release import fill_background, read_release
+from ctc_ray.hil.settings import LoopSettings
 from ctc_ray.storage import Store
 
 
@@ -105,6 +108,75 @@ def test_read_release_one_class_of_labels_raises(tmp_path: Path) -> None:
     path = _write(tmp_path) / "df_labeled_train"
     pl.read_csv(path).with_columns(pl.lit(0).alias("label")).write_csv(path)
     with pytest.raises(LabelError, match="all 30 labels are non-CTCs"):
+        read_release(Store(tmp_path)).problem()
+
+
+@pytest.mark.parametrize("scenario", ["limited-global", "limited-local", "rare-positive"])
+def test_release_cluster_of_test_cells_alone_is_scored_and_never_searched(tmp_path: Path, scenario: str) -> None:
+    _write(tmp_path, 4)
+    for name in ("labeled_test", "labeled_test_and_unlabeled_train"):
+        path = tmp_path / f"df_{name}"
+        alone = pl.when(pl.int_range(pl.len()) < 6).then(7).otherwise(pl.col("cluster"))
+        pl.read_csv(path).with_columns(alone.alias("cluster")).write_csv(path)
+    points = np.load(tmp_path / "labeled_test_and_unlabeled_train_umap_features.npy")
+    points[:6] += 90.0  # far from every training cell
+    np.save(tmp_path / "labeled_test_and_unlabeled_train_umap_features.npy", points)
+    np.save(tmp_path / "labeled_test_umap_features.npy", points[:20])
+    problem = read_release(Store(tmp_path)).problem()
+    assert set(problem.train.clusters.tolist()) == {0, 1}
+    settings = LoopSettings(initial=10, per_loop=5, loops=2, mc_splits=5, budget_s=9.0)
+    main = 0 if scenario == "limited-local" else None
+    for strategy in ("random", "cluster-f1", "cluster-herding"):
+        rows = run_trial(problem, Trial(scenario, strategy, main, 1, 3), settings)
+        alone_rows = [row for row in rows if row["cluster"] == 7]
+        assert [(row["loop"], row["split"]) for row in alone_rows] == [(0, "test"), (1, "test"), (2, "test")]
+        assert 7 not in {row["searched_cluster"] for row in rows}
+    if scenario != "limited-global":
+        with pytest.raises(ConfigError, match="7"):
+            run_trial(problem, Trial(scenario, "cluster-f1", 7, 1, 3), settings)
+
+
+def test_release_smaller_than_the_first_labels_and_a_loop_states_the_numbers(tmp_path: Path) -> None:
+    problem = read_release(Store(_write(tmp_path))).problem()
+    trial = Trial("limited-global", "random", None, 1, 3)
+    with pytest.raises(ConfigError, match=r"30 labelled cells.*100 initial labels and 4 loops of 100 need 500"):
+        run_trial(problem, trial, LoopSettings())
+    rows = run_trial(problem, trial, LoopSettings(initial=12, per_loop=40, loops=1))
+    assert {row["num_train"] for row in rows} == {12, 30}  # a last loop takes what is left
+
+
+@pytest.mark.parametrize("name", ["labeled_test_pca", "unlabeled_train_pca", "labeled_train_umap"])
+def test_read_release_value_that_is_not_finite_names_the_file(tmp_path: Path, name: str) -> None:
+    path = _write(tmp_path) / f"{name}_features.npy"
+    values = np.load(path)
+    values[2, 0] = np.inf
+    np.save(path, values)
+    with pytest.raises(SchemaError, match=rf"{name}_features\.npy: 1 rows are not finite, the first is 2"):
+        read_release(Store(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("labeled_train_umap_features.npy", "df_labeled_train has 30 rows and labeled_train_umap_features.npy 29"),
+        ("df_unlabeled_train", "df_unlabeled_train has 24 rows and unlabeled_train_pca_features.npy 25"),
+        ("df_labeled_test_and_unlabeled_train", "df_labeled_test_and_unlabeled_train"),
+    ],
+)
+def test_read_release_one_row_less_in_a_file_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    path = _write(tmp_path) / name
+    if name.endswith("npy"):
+        np.save(path, np.load(path)[:-1])
+    else:
+        pl.read_csv(path)[:-1].write_csv(path)
+    with pytest.raises(SchemaError, match=re.escape(message)):
+        read_release(Store(tmp_path))
+
+
+def test_release_one_class_of_test_labels_raises(tmp_path: Path) -> None:
+    path = _write(tmp_path) / "df_labeled_test"
+    pl.read_csv(path).with_columns(pl.lit(1).alias("label")).write_csv(path)
+    with pytest.raises(LabelError, match="all 20 labels are CTCs"):
         read_release(Store(tmp_path)).problem()
 
 

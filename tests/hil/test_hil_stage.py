@@ -21,7 +21,7 @@ import pytest
 
 from ctc_ray.cohort import Cohort
 from ctc_ray.config import RunConfig, load_config
-from ctc_ray.errors import ConfigError, LabelError, MissingInputError, StaleOutputError
+from ctc_ray.errors import ConfigError, LabelError, MissingInputError, SchemaError, StaleOutputError
 from ctc_ray.hil.cohort_pools import read_inputs, read_problem
 from ctc_ray.hil.dropping import hopeless_arms
 from ctc_ray.hil.loop import Trial, run_trial
@@ -125,6 +125,90 @@ def test_read_inputs_without_map_or_labels_names_the_command(tmp_path: Path, pro
     cohort.store.delete("labels/Müller 3.parquet")
     with pytest.raises(LabelError, match=r"role test \(patients: Müller 3\)"):
         read_inputs(cohort, _config().hil)
+
+
+def _relabel(cohort: Cohort, patient: str, label: str, rows: slice = slice(None)) -> None:
+    path = f"labels/{patient}.parquet"
+    events = cohort.store.read_table(path).to_pylist()
+    for event in events[rows]:
+        event["label"] = label
+    cohort.store.write_table(path, pa.Table.from_pylist(events, schema=LABELS_SCHEMA))
+
+
+def _problem_of(cohort: Cohort) -> Problem:
+    hil = _config().hil
+    return read_problem(cohort, hil, read_inputs(cohort, hil))
+
+
+def test_read_problem_one_class_in_a_role_is_refused_by_name(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    _relabel(cohort, "Müller 3", "artefact")
+    with pytest.raises(LabelError, match="role test: all 80 labels are non-CTCs"):
+        _problem_of(cohort)
+    for patient in ("001", "7"):
+        _relabel(cohort, patient, "ctc")
+    with pytest.raises(LabelError, match="role train: all 240 labels are CTCs"):
+        _problem_of(cohort)
+
+
+def test_read_problem_validation_of_one_class_is_left_out(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    _relabel(cohort, "9", "non_ctc")
+    assert _problem_of(cohort).validation is None
+
+
+def test_read_problem_feature_that_is_no_number_names_role_and_row(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    features = problem.train.features[:40].copy()
+    features[3, 2] = np.nan
+    _write_patient(cohort, "7", [f"7-{i:04d}" for i in range(40)], features, problem.train.clusters[:40])
+    events = cohort.store.read_table("labels/7.parquet").slice(0, 40)
+    cohort.store.write_table("labels/7.parquet", events)
+    with pytest.raises(SchemaError, match="role train: features of 1 of 157 cells are not finite"):
+        _problem_of(cohort)
+
+
+def test_read_problem_labels_without_a_place_on_the_map_are_refused(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    few = [f"7-{i:04d}" for i in range(50)]
+    placed = cohort.latent_cells("dino", "map", "7")
+    table = cohort.read_columns(placed, ["cell_id"])
+    assert table.num_rows > len(few)
+    whole = cohort.store.read_table(f"{placed}/part-000.parquet")
+    publish(cohort.store, placed, {"part-000.parquet": whole.slice(0, 50)}, Record("map", "7", "fewer", {}, {}))
+    with pytest.raises(LabelError, match=r"patient 7: \d+ labelled cells, the first 7-0050, are not on the latent map"):
+        _problem_of(cohort)
+    cohort.store.delete_folder(placed)
+    with pytest.raises(MissingInputError, match="patient 7 has labels but no place on the latent map"):
+        _problem_of(cohort)
+
+
+def test_read_inputs_label_of_an_unknown_kind_is_refused(tmp_path: Path, problem: Problem) -> None:
+    cohort = _write_cohort(tmp_path / "cohort", problem)
+    _relabel(cohort, "7", "tumour", slice(3, 4))
+    with pytest.raises(LabelError, match="unknown label 'tumour'"):
+        _problem_of(cohort)
+
+
+@pytest.mark.parametrize("scenario", ["limited-global", "limited-local", "rare-positive"])
+def test_cohort_cluster_of_test_cells_alone_is_scored_and_never_a_main_cluster(
+    tmp_path: Path, problem: Problem, scenario: str
+) -> None:
+    apart = dataclasses.replace(problem.test, clusters=np.where(np.arange(120) % 4 == 0, 9, problem.test.clusters))
+    cohort = _write_cohort(tmp_path / "cohort", dataclasses.replace(problem, test=apart))
+    found = _problem_of(cohort)
+    hil = _config(f"hil.scenarios=[{scenario}]", "hil.strategies=[cluster-f1]", "hil.budget_s=30").hil
+    trials = plan_trials(hil, found)
+    assert 9 not in {trial.main_cluster for trial in trials}
+    rows = run_trial(found, trials[0], loop_settings(hil))
+    assert len([row for row in rows if row["cluster"] == 9 and row["split"] == "test"]) == hil.loops + 1
+    assert 9 not in {row["searched_cluster"] for row in rows}
+
+
+def test_plan_trials_main_cluster_without_a_training_cell_lists_those_that_have_some(problem: Problem) -> None:
+    hil = _config("hil.scenarios=[limited-local]", "hil.main_clusters=[9]").hil
+    with pytest.raises(ConfigError, match="main cluster 9 has no labelled training cell: choose among 0, 1, 2, 3"):
+        plan_trials(hil, problem)
 
 
 def test_plan_simulate_fresh_cohort_is_absent(tmp_path: Path, problem: Problem) -> None:
@@ -373,4 +457,6 @@ def test_loop_settings_carries_every_number_of_the_config() -> None:
         **{"mode": "faithful", "initial": 30, "per_loop": 20},
         **{"loops": 2, "mc_splits": 5, "flip_rate": 0.1},
         **{"held_back": 0.3, "seconds_per_cell": 2.0, "budget_s": 60.0},
+        **{"faults": ()},
     }
+    assert loop_settings(_config("hil.faults=[rounding]").hil).faults == ("rounding",)
