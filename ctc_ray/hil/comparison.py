@@ -16,7 +16,6 @@ import polars as pl
 
 from ctc_ray.errors import SchemaError
 from ctc_ray.hil.statistics import arm_keys, require_columns, run_keys, setting_keys
-from ctc_ray.schema import EFFORT_SCHEMA
 
 Floats = npt.NDArray[np.float64]
 _EXACT_PAIRS: Final = 16
@@ -81,7 +80,7 @@ def areas_over_minutes(results: pl.DataFrame, effort: pl.DataFrame) -> pl.DataFr
     """
     require_columns(results)
     keys = [*run_keys(results), "loop"]
-    missing = [name for name in dict.fromkeys([*EFFORT_SCHEMA.names, *keys]) if name not in effort.columns]
+    missing = [name for name in [*keys, "minutes"] if name not in effort.columns]
     if missing:
         raise SchemaError(
             f"the effort of a simulation lacks the columns {', '.join(missing)}: run `ctc-ray simulate` again"

@@ -238,7 +238,9 @@ def test_plan_trials_rare_positive_searches_the_given_clusters_and_else_the_weak
 
 
 def test_plan_trials_has_every_arm_for_every_share_of_wrong_answers(problem: Problem) -> None:
-    trials = plan_trials(_config("hil.flip_rates=[0, 0.1, 0.1]").hil, problem)
+    trials = plan_trials(
+        _config("hil.flip_rates=[0, 0.1, 0.1]", "hil.strategies=[random, cluster-f1, margin]").hil, problem
+    )
     assert [(t.strategy, t.flip_rate, t.seed) for t in trials] == [
         (strategy, rate, seed)
         for strategy in ("random", "cluster-f1", "margin")

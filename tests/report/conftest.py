@@ -163,7 +163,7 @@ def made_up_rows(
                 key = (scenario, strategy, main_cluster, run, 100 + run, loop)
                 labels = 100 * (loop + 1)
                 slow = 3.0 if strategy == "random" and scenario == "rare-positive" else 1.0
-                effort.append((*key, labels, round(100 * loop * slow), 5.0 * loop * slow))
+                effort.append((*key, labels, round(100 * loop * slow), None, None, 5.0 * loop * slow))
                 for cluster in (None, -1, 0, 1):
                     low = 0.3 * (cluster == 1)
                     noise = rng.normal(0, 0.01) if loop else 0.01 * np.sin(run)
