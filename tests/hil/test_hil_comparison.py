@@ -158,7 +158,7 @@ def simulated(curves: dict[str, list[Curve]], flip_rate: float | None = None) ->
             for loop, (labels, minutes, f1) in enumerate(curve):
                 key = ("rare-positive", strategy, None, run, 10 * run, loop)
                 results.append((*key, "test", None, f1, f1, f1, labels))
-                effort.append((*key, labels, int(minutes * 20), minutes))
+                effort.append((*key, labels, int(minutes * 20), None, None, minutes))
     frames = []
     for rows, schema in ((results, RESULTS_SCHEMA), (effort, EFFORT_SCHEMA)):
         empty = pl.from_arrow(schema.empty_table())
