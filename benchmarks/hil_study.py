@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def run_all(tasks: list[Task], options: argparse.Namespace) -> pl.DataFrame:
         problem_of(data, number, options)  # made once, here, and read by the workers
     found: list[pl.DataFrame] = []
     started = time.monotonic()
-    with ProcessPoolExecutor(options.workers) as pool:
+    # A forked worker would wait for ever for threads of Arrow and polars that stayed with its parent.
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         for done, (task, rows) in enumerate(
             zip(tasks, pool.map(run, tasks, [options] * len(tasks), chunksize=14), strict=True), 1
         ):
