@@ -220,7 +220,7 @@ def _entries(simulation: Simulation) -> list[tuple[str, str]]:
 def _flip_rates(simulation: Simulation) -> list[float]:
     """Shares of wrong answers: of the rows, or of the settings where all rows have one."""
     if FLIP_RATE in simulation.results.columns:
-        return simulation.results[FLIP_RATE].unique().sort().to_list()
+        return [float(rate) for rate in simulation.results[FLIP_RATE].unique().sort()]
     config = simulation.record.config
     return list(config.get("flip_rates") or [config.get("flip_rate", 0.0)])
 
