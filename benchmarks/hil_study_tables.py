@@ -109,7 +109,9 @@ def draw(study: dict[str, Any], path: Path) -> None:
         study: the stored results.
         path: an SVG file.
     """
+    import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     panels = [
         (f"{phase}: {TITLES[name.split()[0]]}", judged)
@@ -130,7 +132,9 @@ def draw(study: dict[str, Any], path: Path) -> None:
             axis.plot(row["mean_difference"], place, "o", color=colour, ms=5)
         axis.axvline(0, color="#999999", lw=0.8)
         axis.set_title(title, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_xlabel("gain in mean test F1 over random")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(order)), list(reversed(order)))
-    figure.savefig(path, metadata={"Date": None})
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hil_study"}):
+        figure.savefig(path, metadata={"Date": None})
