@@ -34,7 +34,10 @@ from ctc_ray.records import Record, State, publish, read_record
 from ctc_ray.schema import DUPLICATES_SCHEMA, LABELS_SCHEMA, RESULTS_SCHEMA, latent_schema
 from ctc_ray.storage import Store
 
-_SMALL = ("hil.initial=30", "hil.per_loop=20", "hil.loops=2", "hil.mc_splits=5", "hil.seeds=2")
+_SMALL = (
+    *("hil.initial=30", "hil.per_loop=20", "hil.loops=2", "hil.mc_splits=5", "hil.seeds=2"),
+    "hil.strategies=[random, cluster-f1, margin]",
+)
 _ROLES = {"001": "train", "7": "train", "Müller 3": "test", "9": "validation"}
 
 
@@ -238,9 +241,7 @@ def test_plan_trials_rare_positive_searches_the_given_clusters_and_else_the_weak
 
 
 def test_plan_trials_has_every_arm_for_every_share_of_wrong_answers(problem: Problem) -> None:
-    trials = plan_trials(
-        _config("hil.flip_rates=[0, 0.1, 0.1]", "hil.strategies=[random, cluster-f1, margin]").hil, problem
-    )
+    trials = plan_trials(_config("hil.flip_rates=[0, 0.1, 0.1]").hil, problem)
     assert [(t.strategy, t.flip_rate, t.seed) for t in trials] == [
         (strategy, rate, seed)
         for strategy in ("random", "cluster-f1", "margin")
