@@ -4,13 +4,12 @@ The protocol has 2 strategies x 5 seeds x 5 evaluations x 100 Monte-Carlo splits
 `plain` fits scikit-learn's SVC split by split, as the reference does; `kernel` is ctc_ray's loop in the same process; `tune` is
 the sweep of `ctc-ray simulate` on a connected cluster. All three must give the same rows.
 
-python benchmarks/hil.py [--release DIR] [--concurrent N] [--json PATH]
+python -m benchmarks.hil [--release DIR] [--concurrent N] [--json PATH]
 """
 
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,15 +21,17 @@ import polars as pl
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
+from benchmarks.segment_accuracy import hardware
 from ctc_ray.cluster import connect
 from ctc_ray.config import RayConfig
-from ctc_ray.hil import loop
+from ctc_ray.hil import evidence, loop
 from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.pools import Floats, Labels, Problem, cell_set
 from ctc_ray.hil.release import read_release
 from ctc_ray.hil.scores import PooledPredictions, monte_carlo_seeds
 from ctc_ray.hil.settings import PAPER_SEEDS, LoopSettings
 from ctc_ray.progress import Progress
+from ctc_ray.records import library_versions
 from ctc_ray.storage import Store
 
 SETTINGS = LoopSettings(mode="faithful")
@@ -113,7 +114,10 @@ def main() -> None:
     arguments = parser.parse_args()
     problem = read_release(Store(arguments.release)).problem() if arguments.release else mixture()
     seconds: dict[str, dict[str, float]] = {}
-    with mock.patch.multiple(loop, Classifier=PlainClassifier, monte_carlo=plain_monte_carlo):
+    with (
+        mock.patch.object(loop, "Classifier", PlainClassifier),
+        mock.patch.object(evidence, "monte_carlo", plain_monte_carlo),
+    ):
         plain, wall, processor = timed(lambda: in_one_process(problem))
     seconds["plain"] = {"wall_s": wall, "processor_s": processor}
     kernel, wall, processor = timed(lambda: in_one_process(problem))
@@ -132,9 +136,8 @@ def main() -> None:
         "speedup_tune_over_plain": seconds["plain"]["wall_s"] / wall,
         "speedup_kernel_over_plain": seconds["plain"]["wall_s"] / seconds["kernel"]["wall_s"],
         "load_average": os.getloadavg()[0],
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
+        "hardware": hardware(),
+        "versions": library_versions(),
     }
     for name, values in seconds.items():
         faster = seconds["plain"]["wall_s"] / values["wall_s"]

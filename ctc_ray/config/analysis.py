@@ -24,9 +24,8 @@ FAST_MAP: Mapping[str, Any] = {
     "max_fit_cells": 20_000,
     "backend": "auto",
 }
-"""What `map.profile=fast` sets where nothing else is given; `benchmarks/latent_map.py` compares it with `paper`
-(no figure is recorded yet).
-Source of the 30 epochs: umap-learn's number for batches of more than 10,000 cells."""
+"""What `map.profile=fast` sets where nothing else is given; `benchmarks/latent_map.py` compares it with `paper`;
+figures in `docs/latent_map.md`. Source of the 30 epochs: umap-learn's number for batches of more than 10,000 cells."""
 
 
 class MapConfig(Section):
