@@ -43,22 +43,15 @@ from ctc_ray.hil.loop import Trial, run_trial
 from ctc_ray.hil.pools import BACKGROUND, CellSet, Problem
 from ctc_ray.hil.release import fill_background
 from ctc_ray.hil.scores import score_clusters
-from ctc_ray.hil.settings import PAPER_SEEDS, LoopSettings
+from ctc_ray.hil.settings import FAULTS, PAPER_SEEDS, LoopSettings
 from ctc_ray.hil.svm import Classifier
 from ctc_ray.records import library_versions
 from ctc_ray.schema import TRIAL_SCHEMA
 
 RESULTS = Path(__file__).parent / "results" / "hil_faults.json"
 ARMS = ("random", "cluster-f1")
-OF_DRAWS: tuple[FaultName, ...] = (
-    "short-cluster",
-    "rounding",
-    "unscored-clusters",
-    "undefined-is-zero",
-    "reseeding",
-    "monte-carlo",
-)
 OF_SEARCH: tuple[FaultName, ...] = ("test-target", "fixed-target", "first-predictions")
+OF_DRAWS: tuple[FaultName, ...] = tuple(name for name in FAULTS if name not in OF_SEARCH)
 COHORTS = (1, 2)
 STARTS = 12
 RELEASE_SEEDS = 25
