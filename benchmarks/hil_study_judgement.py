@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import polars as pl
 
-from ctc_ray.hil.comparison import areas, compare, final_scores, labels_to_reach, worst_clusters
+from ctc_ray.hil.comparison import (
+    BASELINES,
+    areas,
+    compare,
+    final_scores,
+    labels_to_reach,
+    reach_summary,
+    worst_clusters,
+)
 
-BASELINES = ("random", "cluster-f1")
 CHOSEN_ON = ("phantom", "jurkat")
 FIGURES: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
     "area": areas,
@@ -51,13 +57,11 @@ def _means(figure: pl.DataFrame) -> dict[str, dict[str, float | int | None]]:
 
 
 def _reached(labels: pl.DataFrame) -> dict[str, dict[str, float | int | None]]:
-    """How many runs get there, and the median number of labels, those that never do counted as needing infinitely many."""
-    found = {}
-    for (strategy,), group in labels.sort("strategy").group_by("strategy", maintain_order=True):
-        median = group["value"].fill_null(math.inf).median()
-        needed = float(median) if isinstance(median, float) and math.isfinite(median) else None
-        found[str(strategy)] = {"runs": group.height, "reached": group["value"].count(), "median_labels": needed}
-    return found
+    """`reach_summary` by strategy."""
+    return {
+        row["strategy"]: {"runs": row["num_runs"], "reached": row["num_reached"], "median_labels": row["median"]}
+        for row in reach_summary(labels).to_dicts()
+    }
 
 
 def _by_labels(results: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:

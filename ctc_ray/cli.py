@@ -15,11 +15,7 @@ from rich.console import Console
 from ctc_ray import __version__, stage_commands
 from ctc_ray.cluster import Wanted, connect, examine
 from ctc_ray.cohort import Cohort
-from ctc_ray.config import load_config
-from ctc_ray.errors import ConfigError, CtcRayError
-from ctc_ray.progress import Progress
-from ctc_ray.records import StageResult
-from ctc_ray.stage_commands import (
+from ctc_ray.command_options import (
     EXIT_SET_ASIDE,
     Address,
     CohortUri,
@@ -30,6 +26,10 @@ from ctc_ray.stage_commands import (
     finish,
     parse_patients,
 )
+from ctc_ray.config import load_config
+from ctc_ray.errors import ConfigError, CtcRayError
+from ctc_ray.progress import Progress
+from ctc_ray.records import StageResult
 from ctc_ray.terminal import print_findings, print_result
 
 app = stage_commands.app

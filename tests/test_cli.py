@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ctc_ray import cli, stage_commands
+from ctc_ray import cli, command_options
 from ctc_ray.cli import main
 from ctc_ray.cluster import examine
 from ctc_ray.cohort import Cohort
@@ -87,7 +87,7 @@ def test_cli_debug_shows_where_an_unexpected_error_came_from(
 def test_cli_set_aside_units_end_with_code_3(run: Run, cohort: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctc_ray.split.split_patients", lambda *_: StageResult("split", 2, 1, set_aside=1))
     code, out, _ = run("split", cohort)
-    assert code == stage_commands.EXIT_SET_ASIDE == 3
+    assert code == command_options.EXIT_SET_ASIDE == 3
     assert "1 set aside" in out
 
 
@@ -147,8 +147,8 @@ def test_cli_simulate_takes_several_faults_and_refuses_them_in_faithful_mode(
 
 
 def test_cli_patients_may_be_repeated_or_separated_by_commas() -> None:
-    assert stage_commands.parse_patients(["007,12", "Müller 3"]) == ["007", "12", "Müller 3"]
-    assert stage_commands.parse_patients([]) is None
+    assert command_options.parse_patients(["007,12", "Müller 3"]) == ["007", "12", "Müller 3"]
+    assert command_options.parse_patients([]) is None
 
 
 def test_submit_unknown_stage_is_refused(run: Run) -> None:

@@ -18,6 +18,8 @@ from ctc_ray.errors import SchemaError
 from ctc_ray.hil.statistics import arm_keys, require_columns, run_keys, setting_keys
 
 Floats = npt.NDArray[np.float64]
+BASELINES: Final = ("random", "cluster-f1")
+"""Strategies of the paper, which all others are compared with."""
 _EXACT_PAIRS: Final = 16
 """Up to this many pairs all sign patterns are tried."""
 

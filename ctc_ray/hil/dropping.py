@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import polars as pl
 
-from ctc_ray.hil.comparison import areas, compare
+from ctc_ray.hil.comparison import BASELINES, areas, compare
 from ctc_ray.hil.loop import Trial
 from ctc_ray.hil.statistics import setting_keys
 
-KEPT = ("random", "cluster-f1")
-"""Never dropped: every other arm is compared with them."""
 SIGNIFICANCE = 0.01
 Arm = tuple[str, str, int | None, float | None]
 """Scenario, strategy, main cluster, share of wrong answers."""
@@ -18,8 +16,9 @@ Arm = tuple[str, str, int | None, float | None]
 def hopeless_arms(results: pl.DataFrame) -> set[Arm]:
     """Arms whose area under the F1-vs-labels curve is significantly below that of the best arm of their setting.
 
-    The best arm is the one with the highest mean so far. An arm is behind where the sign-flip test of paired differences, corrected by
-    Holm, is below `SIGNIFICANCE`, which takes some twelve seeds.
+    The baselines are never among them, since every other arm is compared with them. The best arm is the one with the highest mean so
+    far. An arm is behind where the sign-flip test of paired differences, corrected by Holm, is below `SIGNIFICANCE`, which takes some
+    twelve seeds.
 
     Args:
         results: rows of the runs so far: columns of `RESULTS_SCHEMA`, and `flip_rate` where there are several.
@@ -38,7 +37,7 @@ def hopeless_arms(results: pl.DataFrame) -> set[Arm]:
         behind = compared.filter((pl.col("mean_difference") < 0) & (pl.col("p_holm") < SIGNIFICANCE))
         scenario, main_cluster, *rest = setting
         for strategy in behind["strategy"]:
-            if strategy not in KEPT:
+            if strategy not in BASELINES:
                 found.add((scenario, strategy, main_cluster, rest[0] if rest else None))
     return found
 

@@ -8,10 +8,11 @@ from html import escape
 import numpy as np
 import polars as pl
 
+from ctc_ray.hil.comparison import BASELINES
 from ctc_ray.hil.statistics import paper_order
 from ctc_ray.report.figures import cluster_name
 from ctc_ray.report.markup import count
-from ctc_ray.report.simulation_frames import BASELINES, Setting, one_setting, setting_name, settings_of
+from ctc_ray.report.simulation_frames import Setting, one_setting, setting_name, settings_of
 
 CURVE_COLOURS = (
     ("#d55e00", "#f0883e"),

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from ctc_ray.hil.comparison import (
+    BASELINES,
     areas,
     areas_over_minutes,
     compare,
@@ -20,8 +21,6 @@ from ctc_ray.hil.comparison import (
 )
 from ctc_ray.hil.statistics import FLIP_RATE, arm_keys, first_and_last, run_keys, setting_keys, summarise
 
-BASELINES = ("random", "cluster-f1")
-"""Strategies of the paper, which all others are compared with."""
 SEEDS_NEEDED = 20
 """Below so many runs an arm, a page says that its intervals are from few."""
 _TESTED = ("mean_difference", "low", "high", "p_holm", "num_pairs")

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ctc_ray.hil.comparison import BASELINES
 from ctc_ray.hil.statistics import FLIP_RATE, paper_layout, paper_order
 from ctc_ray.report.curves import f1_panel, highlighted, key_lines, panels_of
 from ctc_ray.report.figures import cluster_name
 from ctc_ray.report.forest import SIGNIFICANT, forest_plot, interval, signed
 from ctc_ray.report.markup import Column, Section, count, fraction, missing, note, plural, table, words
 from ctc_ray.report.simulation_frames import (
-    BASELINES,
     SEEDS_NEEDED,
     Setting,
     SimulationFrames,
